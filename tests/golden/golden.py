@@ -1,0 +1,126 @@
+"""Reads the golden numbers: tensors and scalars made once from the published PyTorch system.
+
+Layout: `<NABLA_GOLDEN_DIR>/<case>/<NABLA_GOLDEN_SET>/` with a `manifest.json` and `*.safetensors`. The directory
+defaults to `tests/golden/data`, the set to `dev`. Tests take every size, file and tensor name from the manifest, so
+that they also run against another set with other sizes. Whatever is missing is a failure, never a skip.
+
+    golden = case("schedules")
+    sigmas = golden.tensor("schedules", "dev.steps28.n4096.sigmas")
+"""
+
+import dataclasses
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One golden case of one set: its folder and its manifest."""
+
+    name: str
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings the numbers were made with."""
+        return self.manifest["config"]
+
+    @property
+    def files(self) -> list[str]:
+        """File names of the manifest, without `.safetensors`."""
+        return [name.removesuffix(".safetensors") for name in self.manifest["files"]]
+
+    def scalar(self, name: str) -> Any:
+        """Value of a scalar of the manifest: a number, a list or a dict."""
+        scalars = self.manifest["scalars"]
+        if name not in scalars:
+            raise AssertionError(f"{self.folder}/manifest.json: no scalar {name!r}; there are {sorted(scalars)}")
+        return scalars[name]["value"]
+
+    def names(self, file: str) -> list[str]:
+        """Names of the tensors which the manifest promises for a file."""
+        return list(self._entry(file)["tensors"])
+
+    def has(self, file: str, name: str) -> bool:
+        """Whether the manifest promises this tensor (sets differ in the intermediates they hold)."""
+        return f"{_stem(file)}.safetensors" in self.manifest["files"] and name in self.names(file)
+
+    def tensor(self, file: str, name: str) -> np.ndarray:
+        """One tensor, in its stored dtype; float16 (always exactly representable here) becomes float32."""
+        entry = self._entry(file)["tensors"]
+        if name not in entry:
+            raise AssertionError(f"{self.folder}/{_stem(file)}.safetensors: the manifest has no tensor {name!r}")
+        array = _read(self.folder / f"{_stem(file)}.safetensors", (name,))[name]
+        if list(array.shape) != list(entry[name]["shape"]):
+            raise AssertionError(f"{self.folder}/{_stem(file)}.safetensors: {name} has shape {array.shape}, "
+                                 f"the manifest says {entry[name]['shape']}")
+        return array
+
+    def tensors(self, file: str, prefix: str = "") -> dict[str, np.ndarray]:
+        """All tensors of a file whose name begins with `prefix`; the prefix is cut off the keys."""
+        return {name.removeprefix(prefix): self.tensor(file, name)
+                for name in self.names(file) if name.startswith(prefix)}
+
+    def path(self, file: str) -> Path:
+        """Path of a file of the case, which must exist."""
+        return _existing(self.folder / f"{_stem(file)}.safetensors")
+
+    def external_path(self, key: str) -> Path:
+        """Path of a file of another case of the same set, by its key in the manifest's `external_files`."""
+        external = self.manifest["external_files"]
+        if key not in external:
+            raise AssertionError(f"{self.folder}/manifest.json: no external file {key!r}; there are {sorted(external)}")
+        return _existing((self.folder / external[key]).resolve())
+
+    def external(self, key: str) -> dict[str, np.ndarray]:
+        """All tensors of an external file (usually weights)."""
+        return _read(self.external_path(key), None)
+
+    def _entry(self, file: str) -> dict[str, Any]:
+        files = self.manifest["files"]
+        name = f"{_stem(file)}.safetensors"
+        if name not in files:
+            raise AssertionError(f"{self.folder}/manifest.json: no file {name!r}; there are {sorted(files)}")
+        return files[name]
+
+
+def case(name: str) -> Case:
+    """The golden case `name` of the chosen set; a missing folder or manifest is an AssertionError."""
+    root = Path(os.environ.get("NABLA_GOLDEN_DIR", Path(__file__).parent / "data"))
+    return _case(name, root / name / os.environ.get("NABLA_GOLDEN_SET", "dev"))
+
+
+@functools.cache
+def _case(name: str, folder: Path) -> Case:
+    return Case(name, folder, json.loads(_existing(folder / "manifest.json").read_text()))
+
+
+def _stem(file: str) -> str:
+    return file.removesuffix(".safetensors")
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise AssertionError(f"golden file {path} is missing (NABLA_GOLDEN_DIR, NABLA_GOLDEN_SET)")
+    return path
+
+
+def _read(path: Path, names: tuple[str, ...] | None) -> dict[str, np.ndarray]:
+    with safe_open(_existing(path), framework="numpy") as file:
+        stored = set(file.keys())
+        wanted = tuple(sorted(stored)) if names is None else names
+        missing = sorted(set(wanted) - stored)
+        if missing:
+            raise AssertionError(f"{path}: tensors {missing} are missing")
+        return {name: _widen(file.get_tensor(name)) for name in wanted}
+
+
+def _widen(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float32) if array.dtype == np.float16 else array
