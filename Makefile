@@ -1,0 +1,41 @@
+# make demo  — train a short run on the embedded world, re-pose birds, evaluate: runs/demo/report/index.html
+# make test  — every test; both install what they need into .venv first
+#
+# PYTHON=python3.12    another interpreter (3.11 or newer)
+# TORCH_INDEX=URL      a wheel index for torch (the tests compare with it), e.g. one with CPU or CUDA builds
+# WORLD_SEED=7         the demo on another world
+
+PYTHON ?= python3
+WORLD_SEED ?= 0
+TORCH_INDEX ?=
+BIN := .venv/bin
+
+.PHONY: install demo test lint types bench clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found: install Python 3.11 or newer, or name one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("make: $(PYTHON) is Python %d.%d, nabla_jax needs 3.11 or newer: name another with PYTHON=..." % v[:2])'
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e '.[test]'
+	@touch $@
+
+demo: install
+	@WORLD_SEED=$(WORLD_SEED) PYTHON=$(BIN)/python bash scripts/demo.sh
+
+test: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=20
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python -m benchmarks.train_step
+
+clean:
+	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info runs data
