@@ -1,0 +1,106 @@
+"""What the configurations share."""
+
+from ml_collections import ConfigDict
+
+from nabla_jax.errors import UserError
+
+PREVIEW = "make demo  (or python -m nabla_jax.train --config configs/omk_fill.py:toy after make demo made its data)"
+
+KONTEXT = (
+    "accept the licence at https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev, then run "
+    "`hf download black-forest-labs/FLUX.1-Kontext-dev --local-dir checkpoints/FLUX.1-Kontext-dev` (34 GB)"
+)
+
+NABIRDS = (
+    "request NABirds at https://dl.allaboutbirds.org/nabirds, unpack it so that data/nabirds/images.txt exists, and put "
+    "a mask of every bird at data/nabirds/masks/CLASS/IMAGE.png"
+)
+
+
+def sizes(arg: str, known: tuple[str, ...]) -> set[str]:
+    """The sizes named in a configuration's argument, a comma-separated list."""
+    found = {item for item in arg.split(",") if item}
+    unknown = found - set(known)
+    if unknown:
+        raise UserError(f"--config: unknown size {', '.join(sorted(unknown))}, known are {', '.join(known)}")
+    return found
+
+
+def omini() -> ConfigDict:
+    """Tokens beside tokens on FLUX.1-Kontext: the settings of the paper that its controls share."""
+    return ConfigDict(
+        {
+            "base": {"path": "checkpoints/FLUX.1-Kontext-dev", "obtain": KONTEXT},
+            "data": {
+                "root": "data/nabirds",
+                "prepared": "prepared/nabirds-kontext-1024",
+                "split": "train",
+                "obtain": NABIRDS,
+            },
+            "benchmarks": {
+                "nabla": "data/nabirds",
+                "inat-seen": "data/inat/na",
+                "inat-unseen": "data/inat/unseen",
+            },
+            "conditioning": {
+                "size": 1024,
+                "control": "fill",
+                "caption": "fixed",
+                "prompt": "A photo of a bird.",
+                "text_length": 512,
+                "independent_conditions": False,
+            },
+            "lora": {"rank": 16, "alpha": 16.0, "init": "gaussian", "name": "omk_fill"},
+            "optim": {
+                "name": "prodigy",
+                "lr": 1.0,
+                "d0": 1e-6,
+                "weight_decay": 0.01,
+                "betas": (0.9, 0.999),
+                "clip": 1.0,
+            },
+            "train": {
+                "workdir": "runs/omk_fill",
+                "steps": 10_000,
+                "batch": 5,
+                "seed": 42,
+                "log_every": 10,
+                "save_every": 500,
+                "sample_every": 1000,
+                "dtype": "bfloat16",
+                "remat": "full",
+                "guidance": 1.0,
+                "sampler": "all_pairs",
+            },
+            "sample": {"steps": 28, "guidance": 2.5, "seed": 42, "batch": 4},
+            "preview": PREVIEW,
+        }
+    )
+
+
+def toy(config: ConfigDict) -> ConfigDict:
+    """The same run at the size of the embedded world: other paths and numbers, nothing else."""
+    config.base.path = "asset:toy-flux-kontext"
+    config.base.obtain = ""
+    config.data.root = "data/toybirds/nabirds"
+    config.data.prepared = "prepared/toybirds-kontext-96"
+    config.data.obtain = "python -m nabla_jax.toybirds --out data/toybirds"
+    config.benchmarks = ConfigDict({"toy-nabla": "data/toybirds/nabirds", "toy-inat-unseen": "data/toybirds/inat/unseen"})
+    config.conditioning.size = 96
+    config.conditioning.text_length = 16
+    config.lora.rank = 8
+    config.lora.alpha = 8.0
+    # 300 steps are too few for Prodigy to grow its distance estimate from 1e-6.
+    config.optim.d0 = 1e-3
+    config.train.workdir = "runs/toy_omk_fill"
+    config.train.steps = 300
+    config.train.batch = 16
+    config.train.log_every = 1
+    config.train.save_every = 100
+    config.train.sample_every = 100
+    config.train.dtype = "float32"
+    config.train.remat = "none"
+    config.sample.steps = 12
+    config.sample.batch = 32
+    config.preview = "make demo"
+    return config

@@ -1,0 +1,27 @@
+"""Files shipped with the package: the embedded toy checkpoints and adapters, named ``asset:NAME``."""
+
+from pathlib import Path
+
+from nabla_jax.errors import UserError
+
+_PREFIX = "asset:"
+_FOLDER = Path(__file__).parent
+
+
+def names() -> list[str]:
+    """The names that ``resolve`` knows."""
+    return sorted(p.name for p in _FOLDER.iterdir() if p.is_dir() and not p.name.startswith("_"))
+
+
+def resolve(path: str | Path) -> Path:
+    """``asset:NAME`` to the folder inside the package; any other path unchanged.
+
+    Raises UserError for a name that is not shipped.
+    """
+    text = str(path)
+    if not text.startswith(_PREFIX):
+        return Path(path)
+    name = text.removeprefix(_PREFIX)
+    if name not in names():
+        raise UserError(f"{text}: no such asset, shipped are {', '.join(names()) or 'none'}")
+    return _FOLDER / name

@@ -1,0 +1,468 @@
+"""Configuration: a Python file with ``get_config(arg)``, typed overrides, and frozen dataclasses.
+
+``load("configs/omk_fill.py:small,steps=200", {"optim.lr": "0.5"})`` runs the file's ``get_config("small")``, applies
+``steps=200`` and then ``optim.lr=0.5``, and returns a ``Config``. A key without a field, a missing key and a value
+of the wrong type are errors that name the key, what was found and what was expected. Nothing here imports jax, so
+that everything a user can get wrong is said before a framework is loaded.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nabla_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The frozen pipeline."""
+
+    path: str  # a diffusers-layout folder, or asset:NAME
+    obtain: str = ""  # told to a user who does not have it
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where pictures come from and where ``prepare`` puts what it encoded."""
+
+    root: str  # dataset folder in one of the known layouts
+    prepared: str  # ArrayRecord folder written by prepare and read by train
+    split: str = "train"
+    obtain: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditioning:
+    """What the model is shown beside the noise. Stored in the adapter's metadata."""
+
+    size: int  # side in pixels of the square model canvas
+    control: str = "fill"
+    caption: str = "fixed"
+    prompt: str = "A photo of a bird."
+    text_length: int = 512  # T5 tokens
+    independent_conditions: bool = False  # conditions attend to themselves only
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """The trained adapter."""
+
+    rank: int = 16
+    alpha: float = 16.0
+    init: str = "gaussian"
+    name: str = "omk_fill"
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    """Optimizer by name, and global-norm clipping."""
+
+    name: str = "prodigy"
+    lr: float = 1.0
+    d0: float = 1e-6  # Prodigy's first distance estimate; unused by adamw
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """The training run."""
+
+    workdir: str
+    steps: int
+    batch: int
+    seed: int = 42
+    log_every: int = 10
+    save_every: int = 500
+    sample_every: int = 1000  # 0: never
+    dtype: str = "bfloat16"  # of the frozen base and of activations; adapters are float32
+    remat: str = "full"
+    guidance: float = 1.0
+    sampler: str = "all_pairs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """How pictures are drawn, by generate and inside training."""
+
+    steps: int = 28
+    guidance: float = 2.5
+    seed: int = 42
+    batch: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything a verb needs to know."""
+
+    base: Base
+    data: Data
+    conditioning: Conditioning
+    lora: Lora
+    optim: Optim
+    train: Train
+    sample: Sample = Sample()
+    benchmarks: dict[str, str] = dataclasses.field(default_factory=dict)  # name -> dataset folder
+    preview: str = ""  # a command that shows the same run at a size that needs nothing
+    source: str = ""  # the file and argument it was read from; filled in by load
+
+
+Verb = typing.Literal["prepare", "train", "generate", "evaluate"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "conditioning.control": ("fill",),
+    "conditioning.caption": ("fixed",),
+    "lora.init": ("gaussian",),
+    "optim.name": ("prodigy", "adamw"),
+    "train.dtype": ("bfloat16", "float32"),
+    "train.remat": ("none", "full", "save_attention", "offload"),
+    "data.split": ("train", "test", "all"),
+}
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain values, ready for JSON; ``from_dict`` is the inverse."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Mapping[str, Any], where: str = "configuration") -> Config:
+    """Nested plain values to ``Config``.
+
+    Raises UserError naming the first key that is unknown, missing, of another type or outside its range.
+    """
+    config = _build(Config, values, "", where)
+    assert isinstance(config, Config)
+    _check_ranges(config, where)
+    return config
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts to one dict with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def load(spec: str, overrides: Mapping[str, str] | Sequence[tuple[str, str]] = ()) -> Config:
+    """Reads ``FILE[:arg]`` and applies ``overrides`` (dotted key -> text) last.
+
+    ``arg`` is a comma-separated list of the sizes that the file's ``get_config`` knows and of ``key=value`` overrides;
+    a key without a dot is a field of ``train``, or else the only field of that name.
+
+    Raises UserError for a missing file, a file without ``get_config``, and every mistake in a key or value.
+    """
+    file, _, arg = spec.partition(":")
+    items = [item.strip() for item in arg.split(",") if item.strip()]
+    sizes = [item for item in items if "=" not in item]
+    values = _plain(_run(Path(file), ",".join(sizes)))
+    pairs = [(_full_key(key, spec), text) for key, text in (item.split("=", 1) for item in items if "=" in item)]
+    pairs += list(overrides.items()) if isinstance(overrides, Mapping) else list(overrides)
+    for key, text in pairs:
+        _override(values, key, text, spec)
+    config = from_dict(values, spec)
+    return dataclasses.replace(config, source=spec)
+
+
+def parse_command(
+    argv: Sequence[str], description: str, add_arguments: Callable[[argparse.ArgumentParser], None] | None = None
+) -> tuple[Config, argparse.Namespace]:
+    """The command line all verbs share: ``--config FILE[:arg]`` and any number of ``--config.a.b=value``.
+
+    Returns the configuration and the verb's own arguments.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="Anything in the configuration can be set with --config.SECTION.KEY=VALUE.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE[:arg]", help="for example configs/omk_fill.py")
+    if add_arguments is not None:
+        add_arguments(parser)
+    own, overrides = _take_overrides(argv)
+    arguments = parser.parse_args(own)
+    return load(arguments.config, overrides), arguments
+
+
+def _take_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    own: list[str] = []
+    overrides: list[tuple[str, str]] = []
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("--config."):
+            own.append(word)
+            continue
+        key, equals, text = word.removeprefix("--config.").partition("=")
+        if not equals:
+            value = next(words, None)
+            if value is None:
+                raise UserError(f"{word}: found no value, expected {word}=VALUE")
+            text = value
+        overrides.append((key, text))
+    return own, overrides
+
+
+def _run(file: Path, arg: str) -> Any:
+    if not file.is_file():
+        raise UserError(f"--config: found no file {file}, expected a Python file such as configs/omk_fill.py")
+    # A configuration may share code with its neighbours through `from configs import common`.
+    root = str(file.resolve().parent.parent)
+    sys.path.insert(0, root)
+    try:
+        module_spec = importlib.util.spec_from_file_location(f"_config_{file.stem}", file)
+        if module_spec is None or module_spec.loader is None:
+            raise UserError(f"--config: {file} is not a Python file")
+        module = importlib.util.module_from_spec(module_spec)
+        try:
+            module_spec.loader.exec_module(module)
+        except (SyntaxError, ImportError, NameError) as error:
+            raise UserError(f"{file}: cannot be run: {error}") from error
+    finally:
+        sys.path.remove(root)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{file}: found no function get_config(arg)")
+    return module.get_config(arg)
+
+
+def _plain(value: Any) -> Any:
+    # ConfigDict and its neighbours behave like mappings; ml_collections itself is needed by the files only.
+    if hasattr(value, "to_dict"):
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return value
+
+
+def _sections() -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, kind in typing.get_type_hints(Config).items():
+        if dataclasses.is_dataclass(kind):
+            yield name, typing.get_type_hints(kind)
+
+
+def _known_keys() -> list[str]:
+    keys = [f"{section}.{field}" for section, fields in _sections() for field in fields]
+    return keys + [n for n, kind in typing.get_type_hints(Config).items() if not dataclasses.is_dataclass(kind)]
+
+
+def _closest(key: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, known, 1, 0.5)
+    if not close:
+        leaf = key.rsplit(".", 1)[-1]
+        close = [k for k in known if k.rsplit(".", 1)[-1] == leaf][:1]
+    return f"the closest is {close[0]}" if close else "known are " + ", ".join(known)
+
+
+def _full_key(key: str, where: str) -> str:
+    if "." in key:
+        return key
+    known = _known_keys()
+    if f"train.{key}" in known:
+        return f"train.{key}"
+    homes = [k for k in known if k.rsplit(".", 1)[-1] == key]
+    if len(homes) == 1:
+        return homes[0]
+    if homes:
+        raise UserError(f"{where}: key {key} is ambiguous, expected one of {', '.join(homes)}")
+    raise UserError(f"{where}: unknown key {key}; {_closest(key, known)}")
+
+
+def _override(values: dict[str, Any], key: str, text: str, where: str) -> None:
+    kind = _type_of(key, where)
+    parsed = _parse(text, kind, key, where)
+    node = values
+    *sections, leaf = key.split(".", 1)  # a benchmark's name may itself hold dots
+    for section in sections:
+        node = node.setdefault(section, {})
+    node[leaf] = parsed
+
+
+def _type_of(key: str, where: str) -> Any:
+    section, _, leaf = key.partition(".")
+    hints = typing.get_type_hints(Config)
+    kind = hints.get(section)
+    if kind is not None and not leaf and not dataclasses.is_dataclass(kind):
+        return kind
+    if kind is not None and leaf and dataclasses.is_dataclass(kind):
+        fields = typing.get_type_hints(kind)
+        if leaf in fields:
+            return fields[leaf]
+    if kind is not None and leaf and typing.get_origin(kind) is dict:
+        return typing.get_args(kind)[1]
+    raise UserError(f"{where}: unknown key {key}; {_closest(key, _known_keys())}")
+
+
+def _parse(text: str, kind: Any, key: str, where: str) -> Any:
+    if kind is str:
+        return text
+    if kind is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise _type_error(where, key, text, "true or false")
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            raise _type_error(where, key, text, _type_name(kind)) from None
+    if typing.get_origin(kind) is tuple:
+        return tuple(_parse(part, float, key, where) for part in text.strip("()[] ").split(","))
+    raise _type_error(where, key, text, f"one entry at a time, --config.{key}.NAME=VALUE")
+
+
+def _build(kind: type, values: Any, prefix: str, where: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise _type_error(where, prefix.rstrip(".") or "get_config()", values, "a section with keys")
+    hints = typing.get_type_hints(kind)
+    for key in values:
+        if key not in hints:
+            raise UserError(f"{where}: unknown key {prefix}{key}; {_closest(f'{prefix}{key}', _known_keys())}")
+    built = {}
+    for field in dataclasses.fields(kind):
+        full = prefix + field.name
+        if field.name not in values:
+            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+                raise UserError(f"{where}: missing key {full}, expected {_type_name(hints[field.name])}")
+            continue
+        built[field.name] = _value(hints[field.name], values[field.name], full, where)
+    return kind(**built)
+
+
+def _value(kind: Any, value: Any, key: str, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        assert isinstance(kind, type)
+        return _build(kind, value, key + ".", where)
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if kind in (bool, str) and isinstance(value, kind):
+        return value
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple and isinstance(value, list | tuple) and len(value) == len(args):
+        return tuple(_value(a, v, key, where) for a, v in zip(args, value, strict=True))
+    if origin is dict and isinstance(value, Mapping):
+        return {str(k): _value(args[1], v, f"{key}.{k}", where) for k, v in value.items()}
+    raise _type_error(where, key, value, _type_name(kind))
+
+
+def _type_name(kind: Any) -> str:
+    names = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
+    if isinstance(kind, type) and kind in names:
+        return names[kind]
+    if typing.get_origin(kind) is tuple:
+        return f"{len(typing.get_args(kind))} numbers"
+    if isinstance(kind, types.GenericAlias):
+        return "a table of name = folder"
+    return "a section with keys"
+
+
+def _type_error(where: str, key: str, found: Any, expected: str) -> UserError:
+    return UserError(f"{where}: {key}: found {found!r}, expected {expected}")
+
+
+def _check_ranges(config: Config, where: str) -> None:
+    flat = flatten(to_dict(config))
+    for key, choices in _CHOICES.items():
+        if flat[key] not in choices:
+            raise UserError(f"{where}: {key}: found {flat[key]!r}, expected one of {', '.join(choices)}")
+    positive = (
+        "conditioning.size conditioning.text_length lora.rank lora.alpha optim.lr optim.d0 optim.clip train.steps "
+        "train.batch train.log_every train.save_every sample.steps sample.batch"
+    )
+    for key in positive.split():
+        if not flat[key] > 0:
+            raise UserError(f"{where}: {key}: found {flat[key]!r}, expected more than 0")
+    for key in ("train.sample_every", "train.seed", "sample.seed", "optim.weight_decay"):
+        if not flat[key] >= 0:
+            raise UserError(f"{where}: {key}: found {flat[key]!r}, expected 0 or more")
+    if not all(0 <= beta < 1 for beta in config.optim.betas):
+        raise UserError(f"{where}: optim.betas: found {config.optim.betas!r}, expected two numbers from 0 to below 1")
+    if config.conditioning.size % 16:
+        raise UserError(
+            f"{where}: conditioning.size: found {config.conditioning.size}, expected a multiple of 16 "
+            "(8 pixels a latent, 2 latents a token)"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Checks of what the configuration names, before anything expensive
+# --------------------------------------------------------------------------------------------------------------
+
+
+def check_inputs(config: Config, verb: Verb, benchmarks: Sequence[str] | None = None) -> None:
+    """Checks every path that ``verb`` needs, without loading weights.
+
+    ``benchmarks`` restricts generate and evaluate to some of the configured ones.
+
+    Raises one UserError naming all that is missing, how to get it, where to put it, and the command in
+    ``config.preview``; or naming what is wrong with a folder that is there.
+    """
+    wanted: list[str] = []
+    if verb in ("prepare", "train", "generate"):
+        wanted += _base_problem(config)
+    prepared = Path(config.data.prepared) / "manifest.json"
+    if verb == "prepare" or (verb == "train" and not prepared.is_file()):
+        wanted += _data_problem(config)
+    if verb in ("generate", "evaluate"):
+        wanted += _benchmark_problems(config, benchmarks)
+    if wanted:
+        missing = "; ".join(f"({i}) {text}" for i, text in enumerate(wanted, 1))
+        preview = f"; to see it run now, without any of these: {config.preview}" if config.preview else ""
+        raise UserError(f"{config.source or 'configuration'}: {verb} is missing {missing}{preview}")
+    if verb == "train" and not prepared.is_file():
+        raise UserError(
+            f"data.prepared: found no {prepared}, expected the folder that prepare writes; run "
+            f"python -m nabla_jax.prepare --config {config.source}"
+        )
+    if verb in ("prepare", "train", "generate"):
+        from nabla_jax.checkpoints import pipeline
+
+        pipeline.check_folder(resolve_base(config))
+
+
+def resolve_base(config: Config) -> Path:
+    """The folder of ``base.path``. Raises UserError for an unknown asset."""
+    from nabla_jax import assets
+
+    return assets.resolve(config.base.path)
+
+
+def _base_problem(config: Config) -> list[str]:
+    folder = resolve_base(config)
+    if (folder / "model_index.json").is_file():
+        return []
+    found = "a folder without model_index.json" if folder.is_dir() else "nothing"
+    obtain = f": {config.base.obtain}" if config.base.obtain else ""
+    return [f"the base model (base.path: found {found} at {folder}, expected a diffusers-layout folder){obtain}"]
+
+
+def _data_problem(config: Config) -> list[str]:
+    root = Path(config.data.root)
+    if root.is_dir() and any(root.iterdir()):
+        return []
+    found = "an empty folder" if root.is_dir() else "nothing"
+    obtain = f": {config.data.obtain}" if config.data.obtain else ""
+    return [f"the pictures (data.root: found {found} at {root}, expected a dataset folder){obtain}"]
+
+
+def _benchmark_problems(config: Config, names: Sequence[str] | None) -> list[str]:
+    problems = []
+    for name in config.benchmarks if names is None else names:
+        if name not in config.benchmarks:
+            known = ", ".join(config.benchmarks) or "none"
+            raise UserError(f"{config.source}: unknown benchmark {name}, configured are {known}")
+        root = Path(config.benchmarks[name])
+        if not root.is_dir():
+            obtain = f": {config.data.obtain}" if config.data.obtain else ""
+            problems.append(f"the benchmark {name} (found nothing at {root}, expected a dataset folder){obtain}")
+    return problems
