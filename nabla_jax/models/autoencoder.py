@@ -165,7 +165,7 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
     def one(query: jax.Array) -> jax.Array:
         # Softmax in float32: it sums over thousands of positions.
-        scores = jnp.einsum("c,kc->k", query, k, preferred_element_type=jnp.float32) 
+        scores = jnp.einsum("c,kc->k", query, k, preferred_element_type=jnp.float32)
         scores = scores * q.shape[-1] ** -0.5
         return jax.nn.softmax(scores).astype(v.dtype) @ v
 
