@@ -1,0 +1,48 @@
+"""Endless pairs of fresh birds for pre-training: every index is a bird of a family nobody has seen."""
+
+from __future__ import annotations
+
+from nabla_jax.toybirds.identity import fresh_identity
+from nabla_jax.toybirds.render import Render, render
+from nabla_jax.toybirds.rng import chance, generator
+from nabla_jax.toybirds.scene import Scene, draw_scene
+
+
+def fresh_scenes(
+    seed: int,
+    index: int,
+    size: int = 96,
+    views: int = 2,
+    pose_range: float = 1.0,
+    mirror_probability: float = 0.5,
+    pose: str = "photo",
+) -> list[Scene]:
+    """The scenes of `fresh_pair`: each view after the first faces the other way with `mirror_probability`."""
+    rng = generator(seed, "fresh scenes", index)
+    first = "left" if chance(rng, 0.5) else "right"
+    other = "right" if first == "left" else "left"
+    scenes = []
+    for view in range(views):
+        turned = view > 0 and chance(rng, mirror_probability)
+        scenes.append(draw_scene(rng, size, pose_range, other if turned else first, pose))
+    return scenes
+
+
+def fresh_pair(
+    seed: int,
+    index: int,
+    size: int = 96,
+    views: int = 2,
+    pose_range: float = 1.0,
+    mirror_probability: float = 0.5,
+    pose: str = "photo",
+    antialias: int = 2,
+) -> list[Render]:
+    """`views` pictures of one fresh bird on (size, size) canvases; the same (seed, index) gives the same pixels.
+
+    `pose_range` in [0, 1] scales how much the poses differ from a profile (0: only background, light and
+    facing differ).
+    """
+    identity = fresh_identity(seed, index)
+    scenes = fresh_scenes(seed, index, size, views, pose_range, mirror_probability, pose)
+    return [render(identity, scene, antialias) for scene in scenes]
