@@ -22,7 +22,7 @@ def colour_name(colour: Colour) -> str:
 
 
 def caption(identity: Identity, scene: Scene) -> str:
-    """The plumage in at most 12 words, e.g. 'a bird with red cap, white belly and black wings'.
+    """The plumage in at most 12 words, e.g. 'a photo of a bird with red cap, white belly, black wings'.
 
     The scene decides only which way the bird faces, and whether that is said at all.
     """
@@ -30,12 +30,14 @@ def caption(identity: Identity, scene: Scene) -> str:
     parts = [head, ("belly", identity.belly), ("wings", identity.wing)]
     words = [f"{colour_name(colour)} {name}" for name, colour in parts]
     start = f"a bird facing {scene.facing}" if scene.perch else "a photo of a bird"
-    return f"{start} with {words[0]}, {words[1]} and {words[2]}"
+    return f"{start} with {', '.join(words)}"
 
 
 def background_caption(identity: Identity, scene: Scene) -> str:
     """Where the bird is, not what it wears: what the official short captions say."""
-    ground = colour_name(tuple(np.mean([scene.ground_top, scene.ground_bottom], axis=0)))
+    # Grounds are muted, so the strongest channel names them better than the nearest palette colour.
+    channels = np.mean([scene.ground_top, scene.ground_bottom], axis=0)
+    ground = "grey" if np.ptp(channels) < 0.05 else ("brown", "green", "blue")[int(channels.argmax())]
     where = " on a branch" if scene.perch else ""
     return f"a photo of a bird{where}, {ground} background"
 
