@@ -1,0 +1,1 @@
+"""How good pictures are: numbers per pair (pixels, identity) and their means with intervals (statistics)."""
