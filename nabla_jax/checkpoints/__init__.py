@@ -1,0 +1,1 @@
+"""Files to parameter trees and back: safetensors streaming, pipeline folders, adapters, run state."""
