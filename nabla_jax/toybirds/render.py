@@ -376,8 +376,9 @@ def _keypoints(centres: Array, axes: Array, scale: float, origin: tuple[float, f
         x, y = origin[0] + scale * world[0], origin[1] - scale * world[1]
         column, line = math.floor(x), math.floor(y)
         turned = normal[2] / math.sqrt(normal @ normal)
+        turned_away = turned < _FARTHEST_FACING and owner not in ("bill", "tail")  # thin parts show from anywhere
         visible = (
-            0 <= column < width and 0 <= line < height and turned > _FARTHEST_FACING
+            0 <= column < width and 0 <= line < height and not turned_away
             and PARTS[parts[line, column]] in seen_on
         )  # fmt: skip
         out[row] = (x, y, float(visible))
