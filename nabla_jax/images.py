@@ -82,7 +82,9 @@ def resize(image: Array, height: int, width: int, method: Method = "area") -> Ar
     result = np.tensordot(weights(image.shape[0], height), image.astype(np.float64), axes=(1, 0))
     result = np.moveaxis(np.tensordot(weights(image.shape[1], width), result, axes=(1, 1)), 0, 1)
     if image.dtype == np.uint8:
-        return np.clip(np.floor(result + 0.5), 0, 255).astype(np.uint8)
+        # OpenCV rounds halves to even, except in its own path for exact halving, which rounds them up.
+        halved = method == "area" and image.shape[:2] == (2 * height, 2 * width)
+        return np.clip(np.floor(result + 0.5) if halved else np.rint(result), 0, 255).astype(np.uint8)
     return result.astype(image.dtype)
 
 
