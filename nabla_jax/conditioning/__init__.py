@@ -1,0 +1,1 @@
+"""Pictures or latents to branches of a forward pass."""
