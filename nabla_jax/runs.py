@@ -1,0 +1,350 @@
+"""What every verb shares around its work: run folders, atomic files, locks, signals, progress bars, one-line errors.
+
+A run folder holds ``config.json`` (resolved), ``environment.json``, ``metrics.jsonl``, ``checkpoints/``,
+``adapters/`` and ``samples/``. Nothing here imports jax.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import errno
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nabla_jax import config as configs
+from nabla_jax.errors import UserError
+
+T = TypeVar("T")
+
+# A run may be continued with other values of these: they do not change what the steps already made would have been.
+CONTINUABLE = frozenset(
+    "source preview base.obtain data.obtain train.workdir train.steps train.log_every train.save_every "
+    "train.sample_every sample.steps sample.guidance sample.seed sample.batch".split()
+)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Commands
+# --------------------------------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """Work stopped at a point from which it can be continued, because a signal asked for it."""
+
+    def __init__(self, signum: int, hint: str) -> None:
+        super().__init__(hint)
+        self.signum = signum
+
+
+def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
+    """Runs a verb and leaves the process: 0 done, 2 a user's mistake (one line), 128 + n stopped by signal n."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        main(argv)
+    except UserError as error:
+        _fail(str(error), 2)
+    except Interrupted as stop:
+        _fail(str(stop), 128 + stop.signum)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command continues", 128 + signal.SIGINT)
+    except OSError as error:
+        # Files that cannot be written are the user's to mend; any other OSError is a bug and keeps its traceback.
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EPERM, errno.EDQUOT):
+            raise
+        _fail(f"{error.filename or 'output'}: cannot be written: {error.strerror}", 2)
+
+
+def _fail(message: str, status: int) -> None:
+    sys.stdout.flush()
+    print(" ".join(message.split("\n")), file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+class StopSignals:
+    """Turns the first SIGTERM or SIGINT into a flag that loops look at; a second one interrupts at once.
+
+    Use as a context manager; the previous handlers return at its end.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            self._previous[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum: int, _: types.FrameType | None) -> None:
+        if self.signum is not None:
+            raise KeyboardInterrupt
+        self.signum = signum
+
+
+def progress(total: int, what: str, *, done: int = 0, unit: str = "it") -> Any:
+    """A progress bar with rate and time left, on stderr; ``update(n)`` advances it. Use as a context manager."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, mininterval=0.5, smoothing=0.1)
+
+
+def track(items: Iterable[T], what: str, *, total: int | None = None, unit: str = "it") -> Iterator[T]:
+    """Yields ``items`` under a progress bar."""
+    from tqdm import tqdm
+
+    yield from tqdm(items, total=total, desc=what, unit=unit, dynamic_ncols=True, mininterval=0.5, smoothing=0.1)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns a failure to write below ``path`` into a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: cannot be written: {error.strerror or error}") from error
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Writes a file so that it is either whole or absent, also after a power cut.
+
+    Raises UserError when the folder cannot be made or the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as out:
+                out.write(data.encode() if isinstance(data, str) else data)
+                out.flush()
+                os.fsync(out.fileno())
+            temporary.replace(path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON with ``write_atomic``."""
+    write_atomic(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises UserError naming the file when it is absent or no JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a readable JSON file ({error})") from error
+
+
+class JsonLines:
+    """A file of one JSON object per line, appended to; each line reaches the disk before ``append`` returns.
+
+    A line that a killed process left half written is cut off when the file is opened again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = read_rows(path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_file() and path.read_bytes() != _lines(self.rows).encode():
+                write_atomic(path, _lines(self.rows))
+            self._file = path.open("ab")
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Adds one line."""
+        with writing(self.path):
+            self._file.write(_lines([row]).encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self.rows.append(dict(row))
+
+    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Drops the rows that are not ``wanted``."""
+        kept = [row for row in self.rows if wanted(row)]
+        if len(kept) == len(self.rows):
+            return
+        self._file.close()
+        write_atomic(self.path, _lines(kept))
+        self.rows = kept
+        with writing(self.path):
+            self._file = self.path.open("ab")
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The complete rows of a JSON-lines file; empty when it is absent.
+
+    Raises UserError for a damaged line other than the last.
+    """
+    if not path.is_file():
+        return []
+    rows = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            if number == len(lines):  # no newline after it: the process died while writing
+                break
+            raise UserError(f"{path}: line {number} is no JSON object ({error})") from error
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Run folders
+# --------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Paths of one training run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    def adapter(self, step: int, name: str) -> Path:
+        """The exported adapter of a step."""
+        return self.path / "adapters" / f"step_{step}" / f"{name}.safetensors"
+
+    @property
+    def last(self) -> Path:
+        """A file holding the name of the newest step folder beside it."""
+        return self.path / "adapters" / "last"
+
+    def last_step(self) -> int | None:
+        """The step of the newest exported adapter."""
+        if not self.last.is_file():
+            return None
+        text = self.last.read_text().strip()
+        if not text.startswith("step_") or not text[5:].isdigit():
+            raise UserError(f"{self.last}: found {text!r}, expected step_N")
+        return int(text[5:])
+
+
+@contextlib.contextmanager
+def open_run(config: configs.Config) -> Iterator[RunFolder]:
+    """Makes or continues the run folder ``train.workdir`` and holds its lock.
+
+    Raises UserError if another process works in it, if it was made with another configuration (naming the keys that
+    differ), or if it cannot be written.
+    """
+    folder = RunFolder(Path(config.train.workdir))
+    with writing(folder.path):
+        folder.path.mkdir(parents=True, exist_ok=True)
+    with lock(folder.path / ".lock", f"train.workdir {folder.path}"):
+        if folder.config.is_file():
+            _check_same(folder, config)
+        write_json(folder.config, configs.to_dict(config))
+        yield folder
+
+
+@contextlib.contextmanager
+def lock(path: Path, what: str) -> Iterator[None]:
+    """Holds an exclusive lock that the system releases when the process ends, however it ends."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = path.open("w")
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{what}: another process is working in it (lock {path})") from error
+        yield
+
+
+def _check_same(folder: RunFolder, config: configs.Config) -> None:
+    before = configs.flatten(read_json(folder.config))
+    now = configs.flatten(json.loads(json.dumps(configs.to_dict(config))))
+    differing = [
+        f"{key}: {before.get(key, 'absent')!r} there, {now.get(key, 'absent')!r} here"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in CONTINUABLE and not key.startswith("benchmarks")
+    ]
+    if differing:
+        raise UserError(
+            f"{folder.path}: this run was made with another configuration ({'; '.join(differing)}); "
+            "choose another train.workdir or delete it"
+        )
+
+
+def write_environment(path: Path, extra: Mapping[str, Any] | None = None) -> None:
+    """Appends versions, platform, git commit and command line of this start to a JSON list."""
+    starts = read_json(path) if path.is_file() else []
+    starts.append(environment() | dict(extra or {}))
+    write_json(path, starts)
+
+
+def environment() -> dict[str, Any]:
+    """What is needed to explain a result later."""
+    packages = ("nabla_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "safetensors")
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
