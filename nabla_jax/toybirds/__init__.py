@@ -10,12 +10,13 @@ import importlib
 _HOME = {
     "fresh_pair": "fresh",
     "fresh_scenes": "fresh",
+    "fresh_captions": "fresh",
     "caption": "captions",
     "CAPTION_WORDS": "captions",
     "write_world": "writer",
     "Oracle": "oracle",
 }
-__all__ = ["CAPTION_WORDS", "Oracle", "caption", "fresh_pair", "fresh_scenes", "write_world"]
+__all__ = ["CAPTION_WORDS", "Oracle", "caption", "fresh_captions", "fresh_pair", "fresh_scenes", "write_world"]
 
 
 def __getattr__(name: str) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nabla_jax.toybirds.captions import caption
 from nabla_jax.toybirds.identity import fresh_identity
 from nabla_jax.toybirds.render import Render, render
 from nabla_jax.toybirds.rng import chance, generator
@@ -46,3 +47,18 @@ def fresh_pair(
     identity = fresh_identity(seed, index)
     scenes = fresh_scenes(seed, index, size, views, pose_range, mirror_probability, pose)
     return [render(identity, scene, antialias) for scene in scenes]
+
+
+def fresh_captions(
+    seed: int,
+    index: int,
+    size: int = 96,
+    views: int = 2,
+    pose_range: float = 1.0,
+    mirror_probability: float = 0.5,
+    pose: str = "photo",
+) -> list[str]:
+    """The captions of the views of `fresh_pair` with the same arguments."""
+    identity = fresh_identity(seed, index)
+    scenes = fresh_scenes(seed, index, size, views, pose_range, mirror_probability, pose)
+    return [caption(identity, scene) for scene in scenes]
