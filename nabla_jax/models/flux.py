@@ -141,7 +141,10 @@ class Branch:
 @functools.cache
 def sinusoid_frequencies() -> np.ndarray:
     """``exp(-ln(10000) i / 128)`` for i = 0..127, float32 [128]."""
-    return np.exp(-np.log(10000.0) * np.arange(128, dtype=np.float64) / 128).astype(np.float32)
+    # The exponent is rounded to float32 as where the weights were trained: arguments reach 30,000, so that one unit
+    # in the last place of a frequency is seen in the output.
+    exponent = np.float32(-np.log(10000.0)) * np.arange(128, dtype=np.float32) / np.float32(128)
+    return np.exp(exponent.astype(np.float64)).astype(np.float32)
 
 
 def sinusoid(value: jax.Array) -> jax.Array:
