@@ -25,7 +25,7 @@ from nabla_jax.errors import UserError
 
 Params = dict[str, Any]
 # (pattern, replacement) pairs tried in order with re.fullmatch on the name in the file: the first match gives
-# the name in the tree; a replacement of None leaves the tensor out. Names that match no pattern stay as they are.
+# the name in the tree; a replacement of None leaves the tensor out. Other names stay as they are.
 Table = Sequence[tuple[str, str | None]]
 Index = tuple[slice, ...]
 
@@ -123,8 +123,8 @@ def load_tree(
     Args:
         path: a safetensors file, or a folder with one file or with shards and an index.
         abstract_params: nested dict of ``jax.ShapeDtypeStruct``: the names and shapes that must be there.
-        table: renames or leaves out tensors of the file (see ``Table``). Two tensors of equal content may map to
-            one name, as aliases of a tied weight do.
+        table: renames or leaves out tensors of the file (see ``Table``). Two tensors of equal content may map
+            to one name, as aliases of a tied weight do.
         stacked: dotted prefixes whose leaves carry a leading axis, e.g. ``("transformer_blocks",)``.
         dtype: replaces the dtype of every floating leaf of ``abstract_params``.
         sharding: a ``jax.sharding.Sharding`` for all leaves, or a tree of them like the params; each device
@@ -174,9 +174,9 @@ def save_tree(
 ) -> None:
     """Writes a parameter tree as one safetensors file under its published names; ``load_tree``'s inverse.
 
-    Leaves below a ``stacked`` prefix are written block by block; ``dtype`` converts floating leaves. ``metadata``
-    is stored in the header beside ``format: pt``, which transformers asks for. The file appears under its name
-    only when it is complete; host memory holds one leaf at a time.
+    Leaves below a ``stacked`` prefix are written block by block; ``dtype`` converts floating leaves. The header
+    holds ``metadata`` and ``format: pt``, which transformers asks for. The file appears under its name when it
+    is complete, never before; host memory holds one leaf at a time.
     """
     path = Path(path)
     leaves = flatten(params)
@@ -347,7 +347,7 @@ def _check(
 
 
 def _collapse(names: Sequence[str]) -> str:
-    """All names on one line; those that differ in a block number are written once: ``blocks.{0..18}.weight``."""
+    """All names on one line, those that differ in a block number once, as in ``blocks.{0..18}.weight``."""
     groups: dict[str, list[int]] = {}
     for name in names:
         match = re.search(r"(?<=\.)\d+(?=\.)", name)
