@@ -1,18 +1,20 @@
-"""Encodes a dataset once, so that training never does: ``python -m nabla_jax.prepare --config configs/omk_fill.py``.
+"""Encodes a dataset once, so that training never does: ``python -m nabla_jax.prepare --config
+configs/omk_fill.py``.
 
-Everything is checked first: lists, pictures, masks, weights, room on the disk. Then each picture of ``data.split`` is
-encoded three times (as target, as subject crop, as control) on the device, each distinct caption once, and written to
-``data.prepared``:
+Everything is checked first: lists, pictures, masks, weights, room on the disk. Then each picture of
+``data.split`` is encoded three times (as target, as subject crop, as control) on the device, each distinct
+caption once, and written to ``data.prepared``:
 
     manifest.json                 settings, counts, shards, the class index
     shard-00000-of-00008.array_record ...
-                                  one record per picture: target, subject, control [2C, h, w] float16 (VAE moments:
-                                  mean, then log variance), mask [h, w] uint8 (foreground coverage of each latent)
+                                  one record per picture: target, subject, control [2C, h, w] float16 (VAE
+                                  moments: mean, then log variance), mask [h, w] uint8 (foreground coverage of
+                                  each latent)
     text.safetensors              prompt_embeds [captions, T, d] and pooled [captions, p], float32
     settings.json                 what the content depends on, written first
 
-The same command continues an interrupted run: whole shards are kept, and the folder ends byte for byte as if nothing
-had happened. A folder made with other settings is refused; --overwrite empties it first.
+The same command continues an interrupted run: whole shards are kept, and the folder ends byte for byte as if
+nothing had happened. A folder made with other settings is refused; --overwrite empties it first.
 """
 
 import argparse
@@ -63,7 +65,9 @@ def main(argv: Sequence[str]) -> None:
     """The command."""
 
     def arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--overwrite", action="store_true", help="empty a folder made with other settings")
+        parser.add_argument(
+            "--overwrite", action="store_true", help="empty a folder made with other settings"
+        )
 
     config, options = configs.parse_command(argv, "Encodes a dataset for training.", arguments)
     configs.check_inputs(config, "prepare")
@@ -124,16 +128,16 @@ def _hash_file(path: Path) -> str:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The work
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def prepare(config: configs.Config, encoders: Encoders, *, overwrite: bool = False) -> Path:
     """Writes ``config.data.prepared`` and returns it; does only what is missing.
 
-    Raises UserError for anything wrong with the data, listed before the first encoding, and for a folder that was
-    made with other settings (unless ``overwrite``) or cannot be written.
+    Raises UserError for anything wrong with the data, listed before the first encoding, and for a folder that
+    was made with other settings (unless ``overwrite``) or cannot be written.
     """
     folder = Path(config.data.prepared)
     dataset = read_dataset(config.data.root)
@@ -164,8 +168,13 @@ def prepare(config: configs.Config, encoders: Encoders, *, overwrite: bool = Fal
                     write_shard(folder / names[i], _counted(records, bar))
                 start += len(chunk)
         shards = [_shard_row(folder / name, len(chunk)) for name, chunk in zip(names, chunks, strict=True)]
-        runs.write_json(folder / MANIFEST, _manifest(settings, examples, rows, shards, moments, len(captions)))
-    print(f"{folder}: {len(examples)} pictures of {len(class_index(e.class_id for e in examples))} classes", flush=True)
+        runs.write_json(
+            folder / MANIFEST, _manifest(settings, examples, rows, shards, moments, len(captions))
+        )
+    print(
+        f"{folder}: {len(examples)} pictures of {len(class_index(e.class_id for e in examples))} classes",
+        flush=True,
+    )
     return folder
 
 
@@ -184,7 +193,8 @@ def check(examples: Sequence[Example], pool: ThreadPoolExecutor) -> str:
     absent = [e for e in examples if e.mask is None]
     if absent:
         raise UserError(
-            f"{absent[0].image}: has no mask; {len(absent)} of {len(examples)} pictures have none, expected a PNG for each"
+            f"{absent[0].image}: has no mask; {len(absent)} of {len(examples)} pictures have none, "
+            "expected a PNG for each"
         )
     hashes = _all(pool, _check_one, examples, "check")
     digest = hashlib.sha256()
@@ -232,7 +242,9 @@ def _threads() -> int:
     return min(16, (os.cpu_count() or 1) + 1)
 
 
-def _settings(config: configs.Config, encoders: Encoders, data: str, captions: Sequence[str]) -> dict[str, Any]:
+def _settings(
+    config: configs.Config, encoders: Encoders, data: str, captions: Sequence[str]
+) -> dict[str, Any]:
     kept = ("size", "control", "caption", "text_length")
     return {
         "schema": SCHEMA,
@@ -251,7 +263,8 @@ def _claim(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
     others = [p.name for p in folder.iterdir() if not _is_ours(p.name)]
     if others:
         raise UserError(
-            f"{folder}: holds {others[0]}, which prepare did not write; expected an empty or a prepared folder"
+            f"{folder}: holds {others[0]}, which prepare did not write; "
+            "expected an empty or a prepared folder"
         )
     found = runs.read_json(path) if path.is_file() else None
     if found is None and (folder / MANIFEST).is_file():
@@ -260,9 +273,12 @@ def _claim(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
         if not overwrite:
             before, now = configs.flatten(found), configs.flatten(settings)
             keys = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
-            changes = "; ".join(f"{k}: {_short(before.get(k))} there, {_short(now.get(k))} here" for k in keys)
+            changes = "; ".join(
+                f"{k}: {_short(before.get(k))} there, {_short(now.get(k))} here" for k in keys
+            )
             raise UserError(
-                f"{folder}: was prepared with other settings ({changes}); choose another data.prepared or add --overwrite"
+                f"{folder}: was prepared with other settings ({changes}); "
+                "choose another data.prepared or add --overwrite"
             )
         # The settings go last: killed half-way, the rest is still recognised as the old folder's.
         for part in sorted(folder.iterdir(), key=lambda p: p.name == SETTINGS):
@@ -276,7 +292,11 @@ def _claim(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
 
 def _is_ours(name: str) -> bool:
     shard = name.startswith("shard-") and name.removesuffix(".tmp").endswith(".array_record")
-    return shard or name in (SETTINGS, MANIFEST, TEXT, ".lock") or (name.startswith(".") and name.endswith(".tmp"))
+    return (
+        shard
+        or name in (SETTINGS, MANIFEST, TEXT, ".lock")
+        or (name.startswith(".") and name.endswith(".tmp"))
+    )
 
 
 def _short(value: Any) -> str:
@@ -306,7 +326,8 @@ def _check_room(folder: Path, pictures: int, moments: tuple[int, int, int]) -> N
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{folder}: disk too full: {pictures} pictures need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+            f"{folder}: disk too full: {pictures} pictures need {needed / 2**30:.1f} GiB, "
+            f"{free / 2**30:.1f} GiB are free"
         )
 
 
@@ -315,7 +336,10 @@ def _write_text(path: Path, embeds: Array, pooled: Array, count: int) -> None:
 
     if len(embeds) != count or len(pooled) != count:
         raise ValueError(f"found {len(embeds)} and {len(pooled)} embeddings, expected {count}")
-    tensors = {"prompt_embeds": np.ascontiguousarray(embeds, np.float32), "pooled": np.ascontiguousarray(pooled, np.float32)}
+    tensors = {
+        "prompt_embeds": np.ascontiguousarray(embeds, np.float32),
+        "pooled": np.ascontiguousarray(pooled, np.float32),
+    }
     runs.write_atomic(path, save(tensors))
 
 
@@ -327,13 +351,16 @@ def _encode(
     encoders: Encoders,
     pool: ThreadPoolExecutor,
 ) -> Iterator[bytes]:
-    """The records of ``examples``, in order. Pictures are decoded in threads one batch ahead of the device."""
+    """The records of ``examples``, in order; threads decode pictures one batch ahead of the device."""
     size = config.conditioning.size
     per_batch = max(1, PIXELS_PER_CALL // (size * size) // len(_ROLES))
     batches = [range(i, min(i + per_batch, len(examples))) for i in range(0, len(examples), per_batch)]
 
     def submit(batch: Iterable[int]) -> list[Future[dict[str, Array]]]:
-        return [pool.submit(inputs, examples[i], config.conditioning.control, size, encoders.factor) for i in batch]
+        return [
+            pool.submit(inputs, examples[i], config.conditioning.control, size, encoders.factor)
+            for i in batch
+        ]
 
     ahead = submit(batches[0])
     for number, batch in enumerate(batches):
@@ -345,7 +372,12 @@ def _encode(
         for row, i in enumerate(batch):
             if not np.isfinite(stored[row]).all():
                 raise UserError(f"{examples[i].image}: the autoencoder gives values that float16 cannot hold")
-            meta = {"id": examples[i].id, "class_id": examples[i].class_id, "caption": captions[i], "index": first + i}
+            meta = {
+                "id": examples[i].id,
+                "class_id": examples[i].class_id,
+                "caption": captions[i],
+                "index": first + i,
+            }
             arrays = {role: stored[row, k] for k, role in enumerate(_ROLES)}
             yield encode_record(meta, arrays | {"mask": loaded[row]["mask"]})
 
@@ -359,7 +391,9 @@ def inputs(example: Example, control: str, size: int, factor: int) -> dict[str, 
         "subject": controls.subject_canvas(image, mask, size),
         "control": controls.control_canvas(control, image, mask, size),
     }
-    pictures = {role: np.ascontiguousarray(canvas.pixels.transpose(2, 0, 1)) for role, canvas in canvases.items()}
+    pictures = {
+        role: np.ascontiguousarray(canvas.pixels.transpose(2, 0, 1)) for role, canvas in canvases.items()
+    }
     return pictures | {"mask": controls.latent_mask(mask, size, factor)}
 
 
@@ -397,7 +431,12 @@ def _manifest(
     return {
         "schema": SCHEMA,
         "settings": settings,
-        "counts": {"pictures": len(examples), "classes": len(index), "captions": captions, "shards": len(shards)},
+        "counts": {
+            "pictures": len(examples),
+            "classes": len(index),
+            "captions": captions,
+            "shards": len(shards),
+        },
         "moments": list(moments),
         "shards": list(shards),
         "ids": [e.id for e in examples],

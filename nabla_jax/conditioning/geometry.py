@@ -1,8 +1,8 @@
 """How a picture gets onto the model's square canvas and back: crop, pad, resize, as one invertible value.
 
 Sizes and boxes are (height, width) and (top, left, bottom, right) everywhere; boxes are half-open, so that
-``bottom - top`` is the height and a box round a mask holds the whole bird. Needs numpy only; Pillow is imported
-by the Lanczos filter.
+``bottom - top`` is the height and a box round a mask holds the whole bird. Needs numpy only; Pillow is
+imported by the Lanczos filter.
 """
 
 import dataclasses
@@ -23,7 +23,8 @@ MIN_MASK_PIXELS = 10
 
 
 def mask_box(mask: Array) -> Box:
-    """The smallest half-open box (top, left, bottom, right) that holds every foreground pixel of ``mask`` [H, W].
+    """The smallest half-open box (top, left, bottom, right) that holds every foreground pixel of ``mask`` [H,
+    W].
 
     Raises ValueError for a mask without foreground.
     """
@@ -44,8 +45,8 @@ def clip_box(box: Box, height: int, width: int) -> Box:
 class Placement:
     """Where a picture lies on the model's square canvas.
 
-    A picture of ``height`` x ``width`` is cropped to ``box``, padded by ``padding`` (pixels before the top, left and
-    after the bottom, right of the crop) to a square, and resized to ``size`` x ``size``.
+    A picture of ``height`` x ``width`` is cropped to ``box``, padded by ``padding`` (pixels before the top,
+    left and after the bottom, right of the crop) to a square, and resized to ``size`` x ``size``.
     """
 
     height: int
@@ -60,12 +61,15 @@ class Placement:
             raise ValueError(f"box {self.box} is not a non-empty box of a {self.height}x{self.width} picture")
         if min(self.padding) < 0 or self.size < 1:
             raise ValueError(f"padding {self.padding} and size {self.size} must not be negative or zero")
-        if bottom - top + self.padding[0] + self.padding[2] != right - left + self.padding[1] + self.padding[3]:
+        if (
+            bottom - top + self.padding[0] + self.padding[2]
+            != right - left + self.padding[1] + self.padding[3]
+        ):
             raise ValueError(f"box {self.box} with padding {self.padding} is not square")
 
     @classmethod
     def crop(cls, height: int, width: int, box: Box, size: int) -> "Placement":
-        """``box`` of a height x width picture, centred on the square (the odd pixel of padding comes after)."""
+        """``box`` of a height x width picture, centred on the square (an odd pixel of padding comes after)."""
         rows, columns = box[2] - box[0], box[3] - box[1]
         side = max(rows, columns)
         top, left = (side - rows) // 2, (side - columns) // 2
@@ -107,7 +111,9 @@ class Placement:
         return top, left, top + self.crop_size[0] * scale, left + self.crop_size[1] * scale
 
     def apply(self, image: Array, fill: float = 255, filter: Filter = "bilinear") -> Array:
-        """``image`` [height, width(, C)] uint8 or float on the canvas [size, size(, C)], padded with ``fill``."""
+        """``image`` [height, width(, C)] uint8 or float on the canvas [size, size(, C)], padded with
+        ``fill``.
+        """
         if image.shape[:2] != (self.height, self.width):
             found = f"{image.shape[0]}x{image.shape[1]}"
             raise ValueError(f"found a {found} picture, expected {self.height}x{self.width} (height x width)")
@@ -121,8 +127,8 @@ class Placement:
         """The un-padded region of a canvas [S, S(, C)] of any size S, resampled to exactly the crop's size.
 
         Each source pixel is read at its own place on the canvas: bilinear at its centre where the canvas is
-        coarser than the picture, the mean over its area where it is finer. Canvas pixels that are partly padding
-        are left out whenever the region holds whole ones, so that padding never bleeds in.
+        coarser than the picture, the mean over its area where it is finer. Canvas pixels that are partly
+        padding are left out whenever the region holds whole ones, so that padding never bleeds in.
         """
         if image.shape[0] != image.shape[1]:
             raise ValueError(f"found a canvas of {image.shape[0]}x{image.shape[1]}, expected a square")
@@ -173,9 +179,9 @@ def resize(image: Array, height: int, width: int, filter: Filter = "bilinear") -
     """``image`` [H, W(, C)], uint8 or floating, resampled to (height, width); same dtype, uint8 is rounded.
 
     'bilinear': two taps at half-pixel centres, no smoothing when shrinking (cv2.INTER_LINEAR).
-    'area': mean over each output pixel's area when shrinking; when a side grows, cv2.INTER_AREA's two-tap rule.
-    'lanczos': Pillow's windowed sinc of three lobes, widened when shrinking.
-    'nearest': source index floor(i H / height) (cv2.INTER_NEAREST).
+    'area': mean over each output pixel's area when shrinking; when a side grows, cv2.INTER_AREA's two-tap
+    rule. 'lanczos': Pillow's windowed sinc of three lobes, widened when shrinking. 'nearest': source index
+    floor(i H / height) (cv2.INTER_NEAREST).
     """
     if height < 1 or width < 1:
         raise ValueError(f"found size {height}x{width}, expected at least 1x1")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from nabla_jax.conditioning.geometry import Placement, resize
+from nabla_jax.conditioning.geometry import Placement
 from nabla_jax.errors import UserError
 
 Array = np.ndarray[Any, Any]
@@ -25,11 +25,14 @@ WHITE = 255
 def read_image(path: PathLike) -> Array:
     """The picture as [H, W, 3] uint8 RGB, turned upright by its EXIF orientation.
 
-    Raises UserError naming the file when it is missing, truncated, no picture, too large, or of more than 8 bits.
+    Raises UserError naming the file when it is missing, truncated, no picture, too large, or of more than 8
+    bits.
     """
     with _opened(path) as image:
         if image.mode.startswith(("I", "F")):
-            raise UserError(f"{path}: found {image.mode} pixels of more than 8 bits, expected an 8-bit picture")
+            raise UserError(
+                f"{path}: found {image.mode} pixels of more than 8 bits, expected an 8-bit picture"
+            )
         return np.asarray(_upright(image, path).convert("RGB"))
 
 
@@ -42,8 +45,8 @@ def read_mask(path: PathLike, height: int, width: int) -> Array:
         mask = np.asarray(_upright(image, path).convert("L")) > 127
     if mask.shape != (height, width):
         raise UserError(
-            f"{path}: mask is {mask.shape[0]}x{mask.shape[1]} (height x width), expected {height}x{width}, the size of "
-            "its picture"
+            f"{path}: mask is {mask.shape[0]}x{mask.shape[1]} (height x width), expected {height}x{width}, "
+            "the size of its picture"
         )
     if not mask.any():
         raise UserError(f"{path}: mask is empty, expected foreground pixels above 127")
@@ -108,27 +111,31 @@ class Canvas:
 
 def target_canvas(image: Array, size: int) -> Canvas:
     """The whole target picture, padded white, Lanczos: what the model learns to draw."""
-    placement = Placement.square(*image.shape[:2], size)
+    placement = Placement.square(image.shape[0], image.shape[1], size)
     return Canvas(placement.apply(image, WHITE, "lanczos"), placement)
 
 
 def subject_canvas(image: Array, mask: Array, size: int) -> Canvas:
-    """The box round the subject, background kept, padded white, Lanczos. Raises UserError for an empty mask."""
+    """The box round the subject, background kept, padded white, Lanczos.
+
+    Raises UserError for an empty mask."""
     placement = Placement.subject(mask, size)
     return Canvas(placement.apply(image, WHITE, "lanczos"), placement)
 
 
 def control_canvas(kind: str, image: Array, mask: Array, size: int) -> Canvas:
-    """The control ``kind`` of the target picture, padded white, bilinear. Raises UserError for an unknown kind."""
+    """The control ``kind`` of the target picture, padded white, bilinear. Raises UserError for an unknown
+    kind.
+    """
     if kind not in CONTROLS:
         raise UserError(f"conditioning.control: found {kind!r}, expected one of {', '.join(CONTROLS)}")
-    placement = Placement.square(*image.shape[:2], size)
+    placement = Placement.square(image.shape[0], image.shape[1], size)
     return Canvas(placement.apply(CONTROLS[kind](image, mask), WHITE, "bilinear"), placement)
 
 
 def latent_mask(mask: Array, size: int, factor: int = 8) -> Array:
-    """Foreground coverage 0..255 uint8 of each latent of the target's canvas, [size / factor, size / factor]."""
-    placement = Placement.square(*mask.shape, size // factor)
+    """The target's foreground coverage of each latent, 0..255 uint8 [size / factor, size / factor]."""
+    placement = Placement.square(mask.shape[0], mask.shape[1], size // factor)
     return placement.apply(mask.astype(np.uint8) * np.uint8(255), 0, "area")
 
 
@@ -136,9 +143,3 @@ def read_pair(image: PathLike, mask: PathLike) -> tuple[Array, Array]:
     """A picture [H, W, 3] uint8 and its mask [H, W] bool. Raises UserError like the two readers."""
     pixels = read_image(Path(image))
     return pixels, read_mask(Path(mask), *pixels.shape[:2])
-
-
-__all__ = [
-    "CONTROLS", "Canvas", "control_canvas", "fill_control", "latent_mask", "picture_size", "read_image", "read_mask",
-    "read_pair", "resize", "subject_canvas", "target_canvas",
-]  # fmt: skip

@@ -14,7 +14,9 @@ from nabla_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One picture of one bird and what is known about it. Paths are absolute or relative to the working folder."""
+    """One picture of one bird and what is known about it. Paths are absolute or relative to the working
+    folder.
+    """
 
     id: str
     image: Path

@@ -1,12 +1,14 @@
 """The iNaturalist pair-list layout: one row per observation, two photos of the same bird.
 
-    final_pairs.csv (or pairs.csv)   observation_id, common_name, relative_path, image_1, image_2, and optionally
+    final_pairs.csv (or pairs.csv)   observation_id, common_name, relative_path, image_1, image_2, and
+    optionally
                                      scientific_name, query_species, user_login, licence
     RELATIVE_PATH/IMAGE              for example images/Cactus_Wren/123456/987654.jpg
     mask/..., depth/...              the same path with images replaced by mask or depth, as .png
     captions_short.json              by "<observation id>_<file stem>"
 
-A photo's name alone is not unique (photo_1.jpg occurs in many observations): its id is "<observation id>_<stem>".
+A photo's name alone is not unique (photo_1.jpg occurs in many observations): its id is "<observation
+id>_<stem>".
 """
 
 import csv
@@ -80,8 +82,8 @@ def rows(root: str | os.PathLike[str]) -> list[Row]:
 def read(root: str | os.PathLike[str]) -> Dataset:
     """Reads the pair list; no picture is opened. Every photo is of split 'test'.
 
-    A class is a species: ``query_species`` where the list has it, or else ``common_name``; ids count the sorted
-    names. The individual is the observation. Raises UserError naming file and line.
+    A class is a species: ``query_species`` where the list has it, or else ``common_name``; ids count the
+    sorted names. The individual is the observation. Raises UserError naming file and line.
     """
     root = Path(root)
     table = rows(root)
@@ -97,9 +99,13 @@ def read(root: str | os.PathLike[str]) -> Dataset:
                 raise UserError(f"{path}:{row.line}: {column}: found no picture {image}")
             id = row.id(column)
             if id in examples and examples[id].image != image:
-                raise UserError(f"{path}:{row.line}: {column}: {id} is also {examples[id].image}, expected one file")
+                raise UserError(
+                    f"{path}:{row.line}: {column}: {id} is also {examples[id].image}, expected one file"
+                )
             if id in examples and examples[id].class_name != name:
-                raise UserError(f"{path}:{row.line}: {id} is of {name} here and of {examples[id].class_name} above")
+                raise UserError(
+                    f"{path}:{row.line}: {id} is of {name} here and of {examples[id].class_name} above"
+                )
             examples[id] = Example(
                 id=id,
                 image=image,

@@ -1,7 +1,8 @@
 """Prepared folders, and endless, resumable batches of training pairs from them.
 
-A prepared folder holds ``manifest.json``, ArrayRecord shards with one record per picture, and ``text.safetensors``
-with one row per distinct caption. Pairs are drawn from the manifest's class index; nothing here imports jax.
+A prepared folder holds ``manifest.json``, ArrayRecord shards with one record per picture, and
+``text.safetensors`` with one row per distinct caption. Pairs are drawn from the manifest's class index;
+nothing here imports jax.
 """
 
 import dataclasses
@@ -31,9 +32,9 @@ _ENDLESS = 2**40
 class Prepared:
     """An opened prepared folder.
 
-    ``manifest``: ``schema``, ``settings`` (everything the content depends on), ``counts``, ``shards`` (file, records,
-    bytes), ``moments`` ([2C, h, w]), ``ids``, ``class_ids`` and ``captions`` (row in the text file) per record, and
-    ``classes`` (class id -> name and positions).
+    ``manifest``: ``schema``, ``settings`` (everything the content depends on), ``counts``, ``shards`` (file,
+    records, bytes), ``moments`` ([2C, h, w]), ``ids``, ``class_ids`` and ``captions`` (row in the text file)
+    per record, and ``classes`` (class id -> name and positions).
     """
 
     folder: Path
@@ -64,7 +65,9 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise UserError(f"{path}: not a readable JSON file ({error})") from error
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
     if schema != SCHEMA:
-        raise UserError(f"{path}: schema: found {schema}, expected {SCHEMA}; delete the folder and prepare it again")
+        raise UserError(
+            f"{path}: schema: found {schema}, expected {SCHEMA}; delete the folder and prepare it again"
+        )
     return manifest
 
 
@@ -108,13 +111,13 @@ def make_loader(
     """An endless iterator of batches, the same for every number of threads.
 
     Process i of ``shard`` = (i, n) gets rows i * batch to (i + 1) * batch of each global batch of n * batch
-    consecutive samples of the stream, so the stream does not depend on how many processes share a global batch.
-    ``get_state`` / ``set_state`` save and restore the position, which counts batches.
+    consecutive samples of the stream, so the stream does not depend on how many processes share a global
+    batch. ``get_state`` / ``set_state`` save and restore the position, which counts batches.
 
-    A batch is a dict of numpy arrays: target, subject, control [B, 2C, h, w] float32 (VAE moments: mean, then log
-    variance), mask [B, h, w] float32 (the target's foreground coverage, 0..1), prompt_embeds [B, T, d], pooled
-    [B, p] float32, sample [B] int64 (position in the stream), subject_index, target_index [B] int64 (positions in
-    the manifest).
+    A batch is a dict of numpy arrays: target, subject, control [B, 2C, h, w] float32 (VAE moments: mean, then
+    log variance), mask [B, h, w] float32 (the target's foreground coverage, 0..1), prompt_embeds [B, T, d],
+    pooled [B, p] float32, sample [B] int64 (position in the stream), subject_index, target_index [B] int64
+    (positions in the manifest).
 
     Raises UserError for a damaged folder, an unknown sampler, or classes without two pictures.
     """
@@ -131,7 +134,11 @@ def make_loader(
         return read_sample(prepared, draw, seed, (step * processes + process) * batch + row)
 
     dataset = grain.MapDataset.range(_ENDLESS * batch).map(sample).batch(batch, drop_remainder=True)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * max(threads, 1))))
+    return iter(
+        dataset.to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * max(threads, 1))
+        )
+    )
 
 
 def read_sample(prepared: Prepared, draw: pairs.Sampler, seed: int, position: int) -> dict[str, Array]:
@@ -145,9 +152,9 @@ def read_sample(prepared: Prepared, draw: pairs.Sampler, seed: int, position: in
         "control": target["control"].astype(np.float32),
         "mask": target["mask"].astype(np.float32) / 255,
         **text_of(prepared, meta),
-        "sample": np.int64(position),
-        "subject_index": np.int64(pair.subject),
-        "target_index": np.int64(pair.target),
+        "sample": np.asarray(position, np.int64),
+        "subject_index": np.asarray(pair.subject, np.int64),
+        "target_index": np.asarray(pair.target, np.int64),
     }
 
 

@@ -1,8 +1,8 @@
 """Who is paired with whom: benchmark lists, and the samplers of training.
 
-Two pictures of one leaf class stand for one individual (proxy identity). Benchmarks are lists on disk, used in both
-directions. Training pairs are drawn by index arithmetic: sample n of a stream is a function of (seed, n) alone, so a
-stream can be cut over processes, resumed anywhere, and is never stored.
+Two pictures of one leaf class stand for one individual (proxy identity). Benchmarks are lists on disk, used
+in both directions. Training pairs are drawn by index arithmetic: sample n of a stream is a function of (seed,
+n) alone, so a stream can be cut over processes, resumed anywhere, and is never stored.
 """
 
 import csv
@@ -25,16 +25,17 @@ from nabla_jax.errors import UserError
 Array = np.ndarray[Any, Any]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Benchmarks
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
     """Put the bird of one picture into another: the subject takes the target's pose and place."""
 
-    key: str  # "<row>_1in2": image_1 of that row (from 0) is the subject, image_2 the target; "<row>_2in1": reversed
+    # "<row>_1in2": image_1 of that row (from 0) is the subject, image_2 the target; "<row>_2in1": reversed
+    key: str
     subject_id: str
     target_id: str
     class_id: int
@@ -43,8 +44,8 @@ class Pair:
 def benchmark_pairs(root: str | os.PathLike[str], dataset: Dataset | None = None) -> list[Pair]:
     """The pair list of a dataset folder, each row in both directions, in the list's order.
 
-    Repeated rows are kept, since published numbers count them; ``duplicate_rows`` counts them and a line is logged.
-    ``dataset`` saves reading the folder again.
+    Repeated rows are kept, since published numbers count them; ``duplicate_rows`` counts them and a line is
+    logged. ``dataset`` saves reading the folder again.
 
     Raises UserError naming file and line for a malformed row or a picture that is not in the folder.
     """
@@ -53,9 +54,14 @@ def benchmark_pairs(root: str | os.PathLike[str], dataset: Dataset | None = None
     root = Path(root)
     dataset = read_dataset(root) if dataset is None else dataset
     pairs = []
-    for number, first, second in _nabirds_rows(root, dataset) if nabirds.is_layout(root) else _inat_rows(root):
+    for number, first, second in (
+        _nabirds_rows(root, dataset) if nabirds.is_layout(root) else _inat_rows(root)
+    ):
         class_id = dataset.by_id[second].class_id
-        pairs += [Pair(f"{number}_1in2", first, second, class_id), Pair(f"{number}_2in1", second, first, class_id)]
+        pairs += [
+            Pair(f"{number}_1in2", first, second, class_id),
+            Pair(f"{number}_2in1", second, first, class_id),
+        ]
     repeated = duplicate_rows(pairs)
     if repeated:
         logging.getLogger(__name__).info("%s: %d repeated pairs, kept", root, repeated)
@@ -71,7 +77,9 @@ def duplicate_rows(pairs: Sequence[Pair]) -> int:
 def _nabirds_rows(root: Path, dataset: Dataset) -> list[tuple[int, str, str]]:
     path = root / "pairs.csv"
     if not path.is_file():
-        raise UserError(f"{path}: no such file, expected a list of pairs with columns class_id,image_1,image_2")
+        raise UserError(
+            f"{path}: no such file, expected a list of pairs with columns class_id,image_1,image_2"
+        )
     numbered = list(nabirds.lines(path))
     by_file = {e.image.relative_to(root).as_posix(): e for e in dataset.examples}
     reader = csv.reader(text for _, text in numbered)
@@ -108,16 +116,18 @@ def _inat_rows(root: Path) -> list[tuple[int, str, str]]:
     found = [(row.number, row.id("image_1"), row.id("image_2")) for row in inaturalist.rows(root)]
     for number, first, second in found:
         if first == second:
-            raise UserError(f"{inaturalist.list_path(root)}: row {number}: image_1 and image_2 are one picture")
+            raise UserError(
+                f"{inaturalist.list_path(root)}: row {number}: image_1 and image_2 are one picture"
+            )
     return found
 
 
 def shuffled_subjects(pairs: Sequence[Pair], dataset: Dataset, seed: int) -> dict[str, str]:
     """Pair key -> id of a subject picture of another species, to measure whether the subject matters at all.
 
-    Drawn uniformly from the pictures of the pair's split that have a mask; each draw depends on (seed, pair key)
-    alone, so that a part of a benchmark gets the same subjects as the whole. Raises UserError when the folder holds
-    a single species.
+    Drawn uniformly from the pictures of the pair's split that have a mask; each draw depends on (seed, pair
+    key) alone, so that a part of a benchmark gets the same subjects as the whole. Raises UserError when the
+    folder holds a single species.
     """
     pools: dict[str, list[Example]] = {}
     chosen = {}
@@ -140,9 +150,9 @@ def shuffled_subjects(pairs: Sequence[Pair], dataset: Dataset, seed: int) -> dic
     return chosen
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Counter-based draws
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _fold(seed: int, *purpose: int | str) -> tuple[int, int]:
@@ -152,8 +162,9 @@ def _fold(seed: int, *purpose: int | str) -> tuple[int, int]:
 
 
 def _philox(key: tuple[int, int], counter: int) -> np.random.Philox:
-    # Philox4x64-10 (Salmon et al. 2011): block n is a pure function of (key, n); its raw output is stable across
-    # NumPy releases, unlike that of the distributions built on it. NumPy steps the counter before the first block.
+    # Philox4x64-10 (Salmon et al. 2011): block n is a pure function of (key, n); its raw output is stable
+    # across NumPy releases, unlike that of the distributions built on it. NumPy steps the counter before the
+    # first block.
     return np.random.Philox(key=np.array(key, np.uint64), counter=np.array([0, counter, 0, 0], np.uint64))
 
 
@@ -168,9 +179,9 @@ def below(bits: int, n: int) -> int:
     return bits * n >> 64
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Samplers
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +199,9 @@ Sampler = Callable[[int, int], Draw]
 def _groups(classes: Mapping[int, Sequence[int]]) -> list[Array]:
     groups = [np.asarray(classes[c]) for c in sorted(classes) if len(classes[c]) > 1]
     if not groups:
-        raise UserError(f"found {len(classes)} classes, none with two pictures, expected at least one to draw pairs from")
+        raise UserError(
+            f"found {len(classes)} classes, none with two pictures, expected at least one to draw pairs from"
+        )
     return groups
 
 
@@ -252,7 +265,9 @@ SAMPLERS: dict[str, Callable[[Mapping[int, Sequence[int]]], Sampler]] = {
 
 
 def sampler(name: str, classes: Mapping[int, Sequence[int]]) -> Sampler:
-    """The sampler ``name`` over class id -> positions. Raises UserError for an unknown name or no possible pair."""
+    """The sampler ``name`` over class id -> positions. Raises UserError for an unknown name or no possible
+    pair.
+    """
     if name not in SAMPLERS:
         raise UserError(f"train.sampler: found {name!r}, expected one of {', '.join(SAMPLERS)}")
     return SAMPLERS[name](classes)

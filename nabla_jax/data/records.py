@@ -1,8 +1,8 @@
 """Records of named arrays, and ArrayRecord shards of them with random access.
 
-A record is flat bytes: an 8-byte magic, the length of the JSON header and a CRC-32 of all that follows it (two
-little-endian uint32), the header padded with spaces to a multiple of 64 bytes, then each array's raw little-endian
-values at an offset that is a multiple of 64. Decoding copies nothing.
+A record is flat bytes: an 8-byte magic, the length of the JSON header and a CRC-32 of all that follows it
+(two little-endian uint32), the header padded with spaces to a multiple of 64 bytes, then each array's raw
+little-endian values at an offset that is a multiple of 64. Decoding copies nothing.
 """
 
 import bisect
@@ -49,7 +49,9 @@ def encode_record(meta: Mapping[str, Any], arrays: Mapping[str, Array]) -> bytes
         entries[name] = {"dtype": data.dtype.str, "shape": list(array.shape), "offset": len(payload)}
         payload += data.tobytes()
         payload += bytes(_aligned(len(payload)) - len(payload))
-    text = json.dumps({"meta": dict(meta), "arrays": entries}, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps(
+        {"meta": dict(meta), "arrays": entries}, separators=(",", ":"), ensure_ascii=False
+    ).encode()
     header = text.ljust(_aligned(_PREFIX.size + len(text)) - _PREFIX.size)
     body = header + bytes(payload)
     return _PREFIX.pack(MAGIC, len(header), zlib.crc32(body)) + body

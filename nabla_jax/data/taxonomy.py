@@ -15,7 +15,7 @@ def normalise_name(name: str) -> str:
 
 
 def species_name(name: str) -> str:
-    """The name without a qualifier in brackets at its end: 'Dark-eyed Junco (Oregon)' -> 'Dark-eyed Junco'."""
+    """The name without a qualifier in brackets: 'Dark-eyed Junco (Oregon)' -> 'Dark-eyed Junco'."""
     return _QUALIFIER.sub("", normalise_name(name))
 
 
@@ -41,7 +41,9 @@ class Taxonomy:
         node: int | None = class_id
         while node is not None:
             if node in ids:
-                raise UserError(f"hierarchy: class {class_id} has itself among its ancestors, expected a tree")
+                raise UserError(
+                    f"hierarchy: class {class_id} has itself among its ancestors, expected a tree"
+                )
             if node not in self.names:
                 raise UserError(f"hierarchy: class {node}, at or above class {class_id}, has no name")
             ids.append(node)
