@@ -17,7 +17,6 @@ TIME = 2
 SUBJECT_LATENT = 3
 CONTROL_LATENT = 4
 ADAPTER_INIT = 5
-SHUFFLED_SUBJECT = 6
 
 RUN = 0xFFFFFFFF  # the number for draws that belong to a whole run
 

@@ -270,6 +270,10 @@ class RunFolder:
             raise UserError(f"{self.last}: found {text!r}, expected step_N")
         return int(text[5:])
 
+    def last_adapter(self, name: str) -> Path:
+        """The newest exported adapter."""
+        return self.adapter(self.last_step() or 0, name)
+
 
 @contextlib.contextmanager
 def open_run(config: configs.Config) -> Iterator[RunFolder]:

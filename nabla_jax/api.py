@@ -1,0 +1,368 @@
+"""Re-posing from Python: ``nabla_jax.load(base, adapter).repose(subject, target, subject_mask, target_mask)``.
+
+``generate``, the samples drawn during training and notebooks all come through here. Pictures are uint8 RGB of any
+size, masks bool or grey pictures of the size of their picture.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+from nabla_jax import assets, draws, flow, reposing, runs
+from nabla_jax.checkpoints import adapters as adapter_files
+from nabla_jax.checkpoints import pipeline
+from nabla_jax.conditioning.geometry import Placement
+from nabla_jax.conditioning.text import encode_prompts
+from nabla_jax.config import Conditioning, Sample
+from nabla_jax.data import controls
+from nabla_jax.errors import UserError
+from nabla_jax.models import flux, layers
+from nabla_jax.models.autoencoder import unscale
+from nabla_jax.parallel import mesh as meshes
+
+Array = np.ndarray[Any, Any]
+Picture = Array | Image.Image | str | os.PathLike[str]
+NO_ADAPTER = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One picture to make.
+
+    Attributes:
+      key: names the pair and its direction; every random draw is folded with it.
+      subject, target: [H, W, 3] uint8, of any two sizes.
+      subject_mask, target_mask: [H, W] bool, of the size of their picture.
+    """
+
+    key: str
+    subject: Array
+    subject_mask: Array
+    target: Array
+    target_mask: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Reposer:
+    """A loaded base with at most one adapter; made by ``load``."""
+
+    conditioning: Conditioning
+    defaults: Sample
+    method: reposing.Method
+    base: layers.Params
+    adapters: reposing.Adapters
+    vae: pipeline.Component
+    schedule: dict[str, Any]
+    text: tuple[Array, Array]
+    mesh: Mesh
+    base_path: Path
+    base_sha256: str
+    adapter_path: Path | None
+    adapter_sha256: str | None
+    sampler: Callable[..., jax.Array]
+    encode: Callable[[layers.Params, jax.Array], jax.Array]
+    decode: Callable[[layers.Params, jax.Array], jax.Array]
+
+    def repose(
+        self,
+        subject: Picture,
+        target: Picture,
+        subject_mask: Picture,
+        target_mask: Picture,
+        *,
+        seed: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        key: str = "",
+    ) -> Image.Image:
+        """The subject's bird in the target's pose and surroundings, at the target's size.
+
+        Args:
+          subject, target: pictures (arrays, PIL images or paths).
+          subject_mask, target_mask: silhouettes of their birds.
+          seed: with ``key`` it fixes the result; default as configured.
+          steps: Euler steps; default as configured.
+          guidance: scale; default as configured.
+
+        Raises UserError for a picture that cannot be read, a mask of another size, and an empty mask.
+        """
+        subject_pixels, target_pixels = _pixels(subject, "subject"), _pixels(target, "target")
+        job = Job(
+            key,
+            subject_pixels,
+            _mask(subject_mask, subject_pixels, "subject_mask"),
+            target_pixels,
+            _mask(target_mask, target_pixels, "target_mask"),
+        )
+        sample = self.sample_settings(seed, steps, guidance)
+        (result, _), *_ = self.repose_batch([job], dataclasses.replace(sample, batch=self.mesh.size))
+        return Image.fromarray(result)
+
+    def sample_settings(
+        self, seed: int | None = None, steps: int | None = None, guidance: float | None = None
+    ) -> Sample:
+        """The configured settings with those that are given replaced."""
+        given = {"seed": seed, "steps": steps, "guidance": guidance}
+        return dataclasses.replace(self.defaults, **{k: v for k, v in given.items() if v is not None})
+
+    def repose_batch(self, jobs: Sequence[Job], sample: Sample) -> list[tuple[Array, Placement]]:
+        """One picture per job at its target's size, and how its target lay on the canvas.
+
+        Runs one compiled program for batches of ``sample.batch``: shorter lists are padded by repeating the last job.
+        """
+        if not 0 < len(jobs) <= sample.batch:
+            raise ValueError(f"{len(jobs)} jobs, expected 1 to {sample.batch}")
+        meshes.check_batch(sample.batch, self.mesh, "sample.batch")
+        size = self.conditioning.size
+        canvases = []
+        for job in jobs:
+            subject = controls.subject_canvas(job.subject, job.subject_mask, size)
+            control = controls.control_canvas(self.conditioning.control, job.target, job.target_mask, size)
+            canvases.append((subject.pixels, control.pixels, control.placement))
+        padded = [*canvases, *canvases[-1:] * (sample.batch - len(canvases))]
+        numbers = [draws.number(job.key) for job in jobs]
+        numbers += numbers[-1:] * (sample.batch - len(jobs))
+        batch = {
+            "subject": self._moments([c[0] for c in padded]),
+            "control": self._moments([c[1] for c in padded]),
+            "sample": np.asarray(numbers, np.uint32),
+            "prompt_embeds": np.repeat(self.text[0], sample.batch, axis=0),
+            "pooled": np.repeat(self.text[1], sample.batch, axis=0),
+        }
+        images = self.draw(batch, sample)
+        return [(c[2].invert(image), c[2]) for image, c in zip(images, canvases, strict=False)]
+
+    def draw(self, batch: reposing.Batch, sample: Sample) -> Array:
+        """Square pictures [B, size, size, 3] uint8 from the moments of their conditions (see ``reposing.sample``)."""
+        height, width = np.shape(batch["subject"])[-2:]
+        levels = flow.sigmas(self.schedule, sample.steps, height * width // flow.path.PATCH**2)
+        with jax.set_mesh(self.mesh):
+            latents = self.sampler(
+                self.base,
+                self.adapters,
+                meshes.put_batch(dict(batch), self.mesh),
+                jnp.asarray(levels),
+                jnp.float32(sample.guidance),
+                jnp.uint32(sample.seed),
+            )
+            return to_pixels(self.decode(self.vae.params, latents))
+
+    def reconstruct(self, images: Sequence[Array], batch: int) -> list[Array]:
+        """Pictures of any size through placement, autoencoder (its mean) and back: what no model here can beat."""
+        canvases = [controls.target_canvas(image, self.conditioning.size) for image in images]
+        pixels = [c.pixels for c in canvases] + [canvases[-1].pixels] * (batch - len(canvases))
+        moments = self._moments(pixels)
+        mean = jnp.split(moments, 2, axis=1)[0]
+        scaled = (mean - self.method.vae.shift_factor) * self.method.vae.scaling_factor
+        results = to_pixels(self.decode(self.vae.params, scaled))
+        return [c.placement.invert(image) for image, c in zip(results, canvases, strict=False)]
+
+    def _moments(self, pixels: Sequence[Array]) -> jax.Array:
+        return self.encode(self.vae.params, meshes.put_batch(to_images(np.stack(pixels)), self.mesh))
+
+
+def load(
+    base: str | os.PathLike[str] = "asset:toy-flux-kontext",
+    adapter: str | os.PathLike[str] | None = None,
+    *,
+    conditioning: Conditioning | None = None,
+    sample: Sample | None = None,
+    dtype: str | None = None,
+) -> Reposer:
+    """Loads a base and, on it, an adapter.
+
+    Args:
+      base: diffusers-layout folder or ``asset:NAME``.
+      adapter: a safetensors file, a training run's folder (its newest adapter), ``asset:NAME``, or None for the bare
+        base.
+      conditioning: how conditions are made; default from the adapter's metadata. What the two disagree on is an error.
+      sample: default settings of sampling; otherwise from the adapter's metadata.
+      dtype: float32 or bfloat16; default bfloat16 on accelerators and float32 on CPU.
+
+    Raises UserError when something is missing or the adapter belongs to another base.
+    """
+    folder = assets.resolve(base)
+    pipeline.check_folder(folder)
+    adapter_path = None if adapter is None else find_adapter(adapter)
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    base_sha256 = pipeline.folder_hash(folder / "transformer")
+    metadata = None
+    if adapter_path is not None:
+        metadata = adapter_files.read_metadata(adapter_path)
+        check_adapter(adapter_path, metadata, folder, base_sha256, conditioning)
+    conditioning = conditioning or _conditioning(metadata, adapter_path)
+    sample = sample or _sample(metadata)
+
+    mesh = meshes.data_mesh()
+    sharding = meshes.replicated(mesh)
+    transformer = pipeline.load_transformer(folder, dtype=jnp.dtype(dtype), sharding=sharding)
+    adapters: reposing.Adapters = {}
+    if adapter_path is not None:
+        loaded, _ = adapter_files.load_adapter(adapter_path, transformer.params, stacked=flux.STACKED)
+        adapters = {adapter_path.stem: jax.device_put(loaded, sharding)}
+    vae = pipeline.load_vae(folder, sharding=sharding)
+    embeds, pooled = encode_prompts(folder, [conditioning.prompt], conditioning.text_length)
+    method = make_method(transformer, vae.config, conditioning, adapter_path.stem if adapter_path else None, dtype)
+    return Reposer(
+        conditioning=conditioning,
+        defaults=sample,
+        method=method,
+        base=transformer.params,
+        adapters=adapters,
+        vae=vae,
+        schedule=runs.read_json(folder / "scheduler" / "scheduler_config.json"),
+        text=(np.asarray(embeds), np.asarray(pooled)),
+        mesh=mesh,
+        base_path=folder,
+        base_sha256=base_sha256,
+        adapter_path=adapter_path,
+        adapter_sha256=adapter_files.file_sha256(adapter_path) if adapter_path else None,
+        sampler=reposing.make_sampler(method),
+        encode=make_encoder(vae),
+        decode=make_decoder(vae),
+    )
+
+
+def make_method(
+    transformer: pipeline.Component,
+    vae_config: Any,
+    conditioning: Conditioning,
+    adapter: str | None,
+    dtype: str,
+    remat: flux.Remat = "none",
+) -> reposing.Method:
+    """The static part of the forward pass of a loaded base."""
+    return reposing.Method(
+        transformer=transformer.graphdef,
+        vae=vae_config,
+        adapter=adapter,
+        independent=conditioning.independent_conditions,
+        guidance_embeds=transformer.config.guidance_embeds,
+        dtype=dtype,
+        remat=remat,
+    )
+
+
+def make_encoder(vae: pipeline.Component) -> Callable[[layers.Params, jax.Array], jax.Array]:
+    """Compiled: pictures [B, 3, H, W] in [-1, 1] -> moments [B, 2C, h, w]."""
+    return jax.jit(lambda params, images: layers.bind(vae.graphdef, params).encode(images))
+
+
+def make_decoder(vae: pipeline.Component) -> Callable[[layers.Params, jax.Array], jax.Array]:
+    """Compiled: scaled latents [B, C, h, w] -> pictures [B, 3, H, W], nominally in [-1, 1]."""
+    return jax.jit(lambda params, x: layers.bind(vae.graphdef, params).decode(unscale(x, vae.config)))
+
+
+def to_images(pixels: Array) -> Array:
+    """[B, H, W, 3] uint8 -> [B, 3, H, W] float32 in [-1, 1]."""
+    return np.moveaxis(pixels, -1, 1).astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def to_pixels(images: jax.Array) -> Array:
+    """[B, 3, H, W] nominally in [-1, 1] -> [B, H, W, 3] uint8, rounded and clipped."""
+    grey = (np.asarray(images, np.float32) + np.float32(1)) * np.float32(127.5)
+    return np.moveaxis(np.clip(np.rint(grey), 0, 255).astype(np.uint8), 1, -1)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Adapters: finding and checking
+# --------------------------------------------------------------------------------------------------------------
+
+
+def find_adapter(path: str | os.PathLike[str]) -> Path:
+    """The safetensors file meant by a file, a training run's folder, a folder holding one file, or ``asset:NAME``.
+
+    Raises UserError when there is none or more than one.
+    """
+    found = assets.resolve(path)
+    if found.is_file():
+        return found
+    if not found.is_dir():
+        raise UserError(f"adapter: found nothing at {found}, expected a safetensors file or a training run's folder")
+    run = runs.RunFolder(found)
+    step = run.last_step()
+    folder = found if step is None else run.last.parent / f"step_{step}"
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        names = ", ".join(f.name for f in files) or "none"
+        raise UserError(f"adapter: {folder}: expected one safetensors file, found {names}")
+    return files[0]
+
+
+def check_adapter(
+    path: Path,
+    metadata: adapter_files.AdapterMetadata,
+    base: Path,
+    base_sha256: str,
+    conditioning: Conditioning | None,
+) -> None:
+    """Raises UserError if the adapter was trained on another base or under other conditions than asked for."""
+    if metadata.base_sha256 and metadata.base_sha256 != base_sha256:
+        raise UserError(
+            f"{path}: adapter for another base: trained on {metadata.base or 'unnamed'} (transformer sha256 "
+            f"{metadata.base_sha256[:12]}), found {base} ({base_sha256[:12]})"
+        )
+    if metadata.applies_to != "condition":
+        raise UserError(f"{path}: applies_to: found {metadata.applies_to!r}, expected 'condition'")
+    if conditioning is None or not metadata.size:
+        return
+    for field in ("control", "caption", "prompt", "text_length", "size", "independent_conditions"):
+        trained, asked = getattr(metadata, field), getattr(conditioning, field)
+        if trained != asked:
+            raise UserError(f"{path}: trained with {field} {trained!r}, the configuration asks for {asked!r}")
+
+
+def _conditioning(metadata: adapter_files.AdapterMetadata | None, path: Path | None) -> Conditioning:
+    if metadata is None or not metadata.size:
+        what = "no adapter is given" if path is None else f"{path} has no metadata"
+        raise UserError(f"conditioning: {what}, so size and prompt are unknown; give conditioning=Conditioning(size=...)")
+    return Conditioning(
+        size=metadata.size,
+        control=metadata.control,
+        caption=metadata.caption,
+        prompt=metadata.prompt,
+        text_length=metadata.text_length,
+        independent_conditions=metadata.independent_conditions,
+    )
+
+
+def _sample(metadata: adapter_files.AdapterMetadata | None) -> Sample:
+    if metadata is None:
+        return Sample()
+    return Sample(steps=metadata.sample_steps, guidance=metadata.sample_guidance)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Pictures
+# --------------------------------------------------------------------------------------------------------------
+
+
+def _pixels(picture: Picture, what: str) -> Array:
+    if isinstance(picture, str | os.PathLike):
+        return controls.read_image(picture)
+    if isinstance(picture, Image.Image):
+        return np.asarray(picture.convert("RGB"))
+    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+        raise UserError(f"{what}: found {picture.dtype} of shape {picture.shape}, expected uint8 [height, width, 3]")
+    return picture
+
+
+def _mask(mask: Picture, picture: Array, what: str) -> Array:
+    height, width = picture.shape[:2]
+    if isinstance(mask, str | os.PathLike):
+        return controls.read_mask(mask, height, width)
+    pixels = np.asarray(mask.convert("L")) if isinstance(mask, Image.Image) else mask
+    pixels = pixels if pixels.dtype == bool else pixels > 127
+    if pixels.shape != (height, width):
+        raise UserError(f"{what}: found shape {pixels.shape}, expected ({height}, {width}), the size of its picture")
+    if not pixels.any():
+        raise UserError(f"{what}: the mask is empty, expected foreground pixels")
+    return pixels

@@ -1,0 +1,265 @@
+"""Makes pictures: whole benchmarks, or the bird of one picture in the pose of another.
+
+    python -m nabla_jax.generate --config configs/omk_fill.py --adapter runs/omk_fill --out pictures/omk_fill
+    python -m nabla_jax.generate --config configs/omk_fill.py --adapter runs/omk_fill --subject a.jpg
+        --subject_mask a_mask.png --target b.jpg --target_mask b_mask.png --out c.png
+
+A benchmark's pictures go to ``OUT/BENCHMARK/right`` and, with a subject of another species, ``OUT/BENCHMARK/shuffled``:
+``PAIR.png`` at the target's size and one row of ``manifest.jsonl`` each. The same command makes what is missing. A
+picture depends on (seed, pair) and not on the batch it is made in.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nabla_jax import config as configs
+from nabla_jax import runs
+from nabla_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from nabla_jax import api
+    from nabla_jax.data import Dataset
+    from nabla_jax.data.pairs import Pair
+
+Array = np.ndarray[Any, Any]
+
+KINDS = ("right", "shuffled")
+CEILING = "autoencoder-ceiling"
+_ONE = ("subject", "subject_mask", "target", "target_mask")
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command."""
+    config, arguments = configs.parse_command(argv, "Makes pictures.", _add_arguments)
+    one = [name for name in _ONE if getattr(arguments, name) is not None]
+    if one and len(one) < len(_ONE):
+        missing = ", ".join(f"--{name}" for name in _ONE if name not in one)
+        raise UserError(f"one picture needs --subject, --subject_mask, --target and --target_mask; missing {missing}")
+    configs.check_inputs(config, "generate", [] if one else _benchmarks(config, arguments))
+    if one:
+        _make_one(config, arguments)
+    else:
+        _make_benchmarks(config, arguments)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--adapter", default="none", help="safetensors file, training run, asset:NAME, or none for the bare base")
+    add("--out", required=True, type=Path, help="folder for benchmarks, or the file of one picture")
+    add("--benchmark", action="append", default=[], metavar="NAME", help="only this one; repeatable")
+    add("--subjects", default=",".join(KINDS), help="right, shuffled or both (right,shuffled)")
+    add("--limit", type=int, help="only the first N pairs of each benchmark")
+    add("--reference", choices=(CEILING,), help="instead of a model: the right answer through the autoencoder")
+    add("--subject", type=Path, help="one picture: whose bird")
+    add("--subject_mask", type=Path)
+    add("--target", type=Path, help="one picture: in which pose and place")
+    add("--target_mask", type=Path)
+
+
+def _benchmarks(config: configs.Config, arguments: argparse.Namespace) -> list[str]:
+    return list(arguments.benchmark or config.benchmarks)
+
+
+def _load(config: configs.Config, adapter: str) -> "api.Reposer":
+    # Imported after the checks: a mistake in the configuration is answered before any framework loads.
+    from nabla_jax import api
+
+    return api.load(
+        config.base.path,
+        None if adapter == api.NO_ADAPTER else adapter,
+        conditioning=config.conditioning,
+        sample=config.sample,
+        dtype=config.train.dtype,
+    )
+
+
+def _make_one(config: configs.Config, arguments: argparse.Namespace) -> None:
+    from nabla_jax.data import controls
+    from nabla_jax.images import write_image
+
+    # Pictures are read before weights.
+    subject = controls.read_pair(arguments.subject, arguments.subject_mask)
+    target = controls.read_pair(arguments.target, arguments.target_mask)
+    if arguments.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"--out: found {arguments.out}, expected the name of a .png, .jpg or .webp file")
+    with runs.writing(arguments.out.parent):
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    result = _load(config, arguments.adapter).repose(subject[0], target[0], subject[1], target[1])
+    write_image(np.asarray(result), arguments.out)
+    print(arguments.out)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Benchmarks
+# --------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The pictures of one benchmark and one choice of subjects."""
+
+    name: str
+    kind: str
+    folder: Path
+    dataset: "Dataset"
+    pairs: tuple["Pair", ...]
+    subjects: dict[str, str]  # pair key -> id of the subject picture to use
+
+    def path(self, pair: "Pair") -> Path:
+        """Where a pair's picture goes."""
+        return self.folder / f"{pair.key}.png"
+
+
+Made = tuple[Array, dict[str, Any]]  # a picture and its placement as JSON
+
+
+def _make_benchmarks(config: configs.Config, arguments: argparse.Namespace) -> None:
+    kinds = [kind.strip() for kind in arguments.subjects.split(",") if kind.strip()]
+    unknown = sorted(set(kinds) - set(KINDS))
+    if unknown or not kinds:
+        raise UserError(f"--subjects: found {arguments.subjects!r}, expected {' or '.join(KINDS)}, or both")
+    works = list(read_works(config, _benchmarks(config, arguments), kinds, arguments.out, arguments.limit))
+    with runs.writing(arguments.out):
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    with runs.lock(arguments.out / ".lock", f"--out {arguments.out}"):
+        reposer = _load(config, "none" if arguments.reference else arguments.adapter)
+        settings = _settings(config, reposer, arguments)
+        for work in works:
+            maker = _ceiling_maker(reposer, work, config) if arguments.reference else _maker(reposer, work, config)
+            make(work, settings, config.sample.batch, maker)
+
+
+def read_works(
+    config: configs.Config, names: Sequence[str], kinds: Sequence[str], out: Path, limit: int | None
+) -> Iterator[Work]:
+    """What there is to make for each benchmark and choice of subjects.
+
+    Raises UserError for a dataset that cannot be read and for pictures without a mask.
+    """
+    from nabla_jax.data import read_dataset
+    from nabla_jax.data.pairs import benchmark_pairs, shuffled_subjects
+
+    for name in names:
+        root = Path(config.benchmarks[name])
+        dataset = read_dataset(root)
+        pairs = tuple(benchmark_pairs(root, dataset)[:limit])
+        for kind in kinds:
+            right = {pair.key: pair.subject_id for pair in pairs}
+            subjects = right if kind == "right" else shuffled_subjects(pairs, dataset, config.sample.seed)
+            for image in {*subjects.values(), *(pair.target_id for pair in pairs)}:
+                if dataset.by_id[image].mask is None:
+                    raise UserError(f"{root}: picture {image} of benchmark {name} has no mask, expected one")
+            yield Work(name, kind, out / name / kind, dataset, pairs, subjects)
+
+
+def _settings(config: configs.Config, reposer: "api.Reposer", arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a manifest row that every picture of a set shares."""
+    return {
+        "seed": config.sample.seed,
+        "steps": config.sample.steps,
+        "guidance": config.sample.guidance,
+        "adapter": arguments.reference or (str(reposer.adapter_path) if reposer.adapter_path else "none"),
+        "adapter_sha256": reposer.adapter_sha256,
+        "base_sha256": reposer.base_sha256,
+    }
+
+
+def make(work: Work, settings: dict[str, Any], batch: int, maker: Callable[[Sequence["Pair"]], list[Made]]) -> None:
+    """Makes the missing pictures of ``work``, each written whole before its row.
+
+    Pairs are cut into the same batches whatever is missing, so a continued run repeats the very computation of an
+    uninterrupted one.
+
+    Raises UserError when the folder holds pictures made with other settings.
+    """
+    from nabla_jax.images import write_image
+
+    manifest = runs.JsonLines(work.folder / "manifest.jsonl")
+    _check_settings(work, settings, manifest.rows)
+    manifest.keep(lambda row: (work.folder / row["file"]).is_file())
+    done = {row["pair"] for row in manifest.rows}
+    batches = [work.pairs[i : i + batch] for i in range(0, len(work.pairs), batch)]
+    with runs.progress(len(work.pairs), f"{work.name}/{work.kind}", unit="picture") as bar:
+        for pairs in batches:
+            if any(pair.key not in done for pair in pairs):
+                for pair, (image, placement) in zip(pairs, maker(pairs), strict=True):
+                    if pair.key in done:
+                        continue
+                    write_image(image, work.path(pair))
+                    manifest.append(_row(work, pair, image, placement, settings))
+            bar.update(len(pairs))
+    manifest.close()
+
+
+def _row(
+    work: Work, pair: "Pair", image: Array, placement: dict[str, Any], settings: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "pair": pair.key,
+        "subject_id": pair.subject_id,
+        "target_id": pair.target_id,
+        "subject_used": work.subjects[pair.key],
+        "file": work.path(pair).name,
+        "height": image.shape[0],
+        "width": image.shape[1],
+        **settings,
+        "placement": placement,
+    }
+
+
+def _check_settings(work: Work, settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    # The adapter's path may change (a moved run); its content may not.
+    fixed = [key for key in settings if key != "adapter" or settings["adapter_sha256"] is None]
+    for row in rows:
+        differing = [f"{key}: {row.get(key)!r} there, {settings[key]!r} here" for key in fixed if row.get(key) != settings[key]]
+        if differing:
+            raise UserError(
+                f"{work.folder}: its pictures were made with other settings ({'; '.join(differing)}); choose another "
+                "--out or delete it"
+            )
+
+
+def _maker(reposer: "api.Reposer", work: Work, config: configs.Config) -> Callable[[Sequence["Pair"]], list[Made]]:
+    from nabla_jax import api
+    from nabla_jax.data import controls
+
+    def read(image_id: str) -> tuple[Array, Array]:
+        example = work.dataset.by_id[image_id]
+        assert example.mask is not None
+        return controls.read_pair(example.image, example.mask)
+
+    def make(pairs: Sequence["Pair"]) -> list[Made]:
+        jobs = [
+            api.Job(f"{work.name}/{pair.key}", *read(work.subjects[pair.key]), *read(pair.target_id)) for pair in pairs
+        ]
+        return [(image, place.to_json()) for image, place in reposer.repose_batch(jobs, config.sample)]
+
+    return make
+
+
+def _ceiling_maker(
+    reposer: "api.Reposer", work: Work, config: configs.Config
+) -> Callable[[Sequence["Pair"]], list[Made]]:
+    from nabla_jax.conditioning.geometry import Placement
+    from nabla_jax.metrics.oracle import open_oracle
+
+    oracle = open_oracle(work.dataset.root)
+    if oracle is None:
+        raise UserError(f"--reference {CEILING}: {work.dataset.root} has no oracle.json, so no right answer is known")
+
+    def make(pairs: Sequence["Pair"]) -> list[Made]:
+        answers = [oracle.right(work.subjects[pair.key], pair.target_id) for pair in pairs]
+        results = reposer.reconstruct(answers, config.sample.batch)
+        places = [Placement.square(*a.shape[:2], config.conditioning.size).to_json() for a in answers]
+        return list(zip(results, places, strict=True))
+
+    return make
+
+
+if __name__ == "__main__":
+    runs.run_main(main)

@@ -1,0 +1,138 @@
+"""Trains an adapter: ``python -m nabla_jax.train --config configs/omk_fill.py``.
+
+Reads from top to bottom: configuration, checks, mesh, frozen base, abstract state, input, restore or initialise,
+compiled step, loop. The run folder ``train.workdir`` gets ``config.json``, ``environment.json``, ``metrics.jsonl``,
+``checkpoints/``, ``adapters/step_N/NAME.safetensors`` with ``adapters/last``, and ``samples/``. SIGINT and SIGTERM
+save and stop; the same command continues, bit for bit as if it had never stopped. A finished run is left alone.
+"""
+
+from collections.abc import Sequence
+
+from nabla_jax import config as configs
+from nabla_jax import runs
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command."""
+    config, _ = configs.parse_command(argv, "Trains an adapter on a prepared dataset.")
+    configs.check_inputs(config, "train")
+    with runs.open_run(config) as folder:
+        if not is_finished(config, folder):
+            train(config, folder)
+        print(f"{folder.path}: trained for {folder.last_step()} steps, adapter {folder.last_adapter(config.lora.name)}")
+
+
+def is_finished(config: configs.Config, folder: runs.RunFolder) -> bool:
+    """Whether the adapter of the last step, or of a later one, is there."""
+    step = folder.last_step()
+    return step is not None and step >= config.train.steps and folder.adapter(step, config.lora.name).is_file()
+
+
+def train(config: configs.Config, folder: runs.RunFolder) -> None:
+    """Trains from the newest checkpoint in ``folder``, or from scratch, to ``train.steps``.
+
+    Raises UserError for inputs that do not fit each other, and Interrupted after a signal.
+    """
+    # Imported after the checks: a mistake in the configuration is answered before any framework loads.
+    import jax
+    import jax.numpy as jnp
+
+    from nabla_jax import draws, optim, training
+    from nabla_jax.checkpoints import pipeline
+    from nabla_jax.checkpoints.run_state import RunState
+    from nabla_jax.data.loader import make_loader
+    from nabla_jax.models import flux, lora
+    from nabla_jax.parallel import mesh as meshes
+
+    settings, name = config.train, config.lora.name
+
+    # ------------------------------------------------------------------------------------------------- mesh, checks
+    mesh = meshes.data_mesh()
+    everywhere = meshes.replicated(mesh)
+    meshes.check_batch(settings.batch, mesh, "train.batch")
+    runs.write_environment(folder.environment, {"devices": [str(device) for device in jax.devices()]})
+    base_path = configs.resolve_base(config)
+    training.check_prepared(config)
+    base_sha256 = pipeline.folder_hash(base_path / "transformer")
+
+    # -------------------------------------------------------------------------------------------------- frozen base
+    print(f"{folder.path}: loading {base_path}", flush=True)
+    method, base = training.load_method(config, everywhere)
+
+    # ----------------------------------------------------------------------------------------------- abstract state
+    optimizer = optim.make(config.optim)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base)
+
+    def initial_state() -> training.State:
+        key = draws.key(settings.seed, draws.ADAPTER_INIT)
+        fresh = lora.initialize(key, shapes, rank=config.lora.rank, alpha=config.lora.alpha, stacked=flux.STACKED)
+        adapters = {name: fresh.params}
+        return {"adapters": adapters, "optimizer": optimizer.init(adapters), "step": jnp.zeros((), jnp.int32)}
+
+    abstract = jax.eval_shape(initial_state)
+
+    # ------------------------------------------------------------------------------------------------------- input
+    loader = make_loader(config.data.prepared, settings.sampler, settings.batch, settings.seed)
+
+    with RunState(folder.checkpoints) as saved, runs.StopSignals() as stop, jax.set_mesh(mesh):
+        # ------------------------------------------------------------------------------------ restore or initialise
+        start = saved.latest() or 0
+        if start:
+            state, position = saved.restore(start, abstract, everywhere)
+            loader.set_state(position["loader"])
+            print(f"{folder.path}: continuing after step {start}", flush=True)
+        else:
+            state = jax.jit(initial_state, out_shardings=everywhere)()
+        metrics = runs.JsonLines(folder.metrics)
+        metrics.keep(lambda row: row["step"] <= start)
+        sheet = training.SampleSheet(config, method, folder.samples, mesh)
+
+        # ------------------------------------------------------------------------------------------- compiled step
+        train_step = training.make_step(method, optimizer, config)
+        clock = training.StepClock()
+        # The values of the newest step: read only once the following step runs, so that the device never waits.
+        pending: tuple[int, training.Values, dict[str, float]] | None = None
+
+        def write_pending() -> None:
+            nonlocal pending
+            if pending is None:
+                return
+            row = training.host_row(*pending)
+            pending = None
+            if row["step"] % settings.log_every == 0 or row["step"] >= settings.steps:
+                metrics.append(row)
+            bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+
+        def save(step: int) -> None:
+            # Metrics first: what a checkpoint continues from must already be on record, and be finite.
+            write_pending()
+            saved.save(step, state, {"loader": loader.get_state()})
+            training.export(config, folder, state["adapters"][name], step, base_sha256)
+
+        # -------------------------------------------------------------------------------------------------- loop
+        with runs.progress(settings.steps, "train", done=start, unit="step") as bar:
+            for step in range(start + 1, settings.steps + 1):
+                batch = training.device_batch(next(loader), mesh)
+                clock.data_arrived()
+                state, values = train_step(state, base, batch)
+                write_pending()
+                pending = (step, values, clock.step(settings.batch))
+                bar.update(1)
+                last = step == settings.steps
+                if stop.signum is not None and not last:
+                    save(step)
+                    raise runs.Interrupted(
+                        stop.signum, f"{folder.path}: saved after step {step} of {settings.steps}; the same command continues"
+                    )
+                if last or step % settings.save_every == 0:
+                    save(step)
+                if settings.sample_every and (last or step % settings.sample_every == 0):
+                    sheet.draw(base, state["adapters"], step)
+                    clock.restart()
+        if start >= settings.steps:  # the process that made the last step died before it exported the adapter
+            save(start)
+        metrics.close()
+
+
+if __name__ == "__main__":
+    runs.run_main(main)

@@ -1,0 +1,240 @@
+"""The parts of training that ``train`` puts in order: loading, the compiled step, rows of metrics, exports, samples."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from nabla_jax import api, optim, reposing, runs
+from nabla_jax.checkpoints import adapters as adapter_files
+from nabla_jax.checkpoints import pipeline
+from nabla_jax.config import Config, resolve_base
+from nabla_jax.data import loader as loaders
+from nabla_jax.images import write_image
+from nabla_jax.models import flux, layers
+from nabla_jax.models.lora import Adapter
+from nabla_jax.parallel import mesh as meshes
+
+State = dict[str, Any]
+Values = dict[str, jax.Array]
+# What the compiled step reads of a batch; the rest stays on the host.
+BATCH_KEYS = ("target", "subject", "control", "prompt_embeds", "pooled", "sample")
+
+
+def load_method(config: Config, sharding: NamedSharding) -> tuple[reposing.Method, layers.Params]:
+    """The frozen transformer on the mesh and the static part of its forward pass.
+
+    Raises UserError for weights that do not fit their configuration.
+    """
+    folder = resolve_base(config)
+    transformer = pipeline.load_transformer(folder, dtype=jnp.dtype(config.train.dtype), sharding=sharding)
+    vae_config = pipeline.vae_config(folder)
+    method = api.make_method(
+        transformer, vae_config, config.conditioning, config.lora.name, config.train.dtype, _remat(config)
+    )
+    return method, transformer.params
+
+
+def _remat(config: Config) -> flux.Remat:
+    choices: dict[str, flux.Remat] = {
+        "none": "none",
+        "full": "full",
+        "save_attention": "save_attention",
+        "offload": "offload",
+    }
+    return choices[config.train.remat]
+
+
+def initial_adapter_scale(config: Config) -> float:
+    """What an adapter's contribution is multiplied by."""
+    return config.lora.alpha / config.lora.rank
+
+
+def make_step(
+    method: reposing.Method, optimizer: optax.GradientTransformation, config: Config
+) -> Callable[[State, layers.Params, reposing.Batch], tuple[State, Values]]:
+    """The compiled step (state, frozen base, batch) -> (state, values). The state's buffers are donated.
+
+    The state holds ``adapters`` {name: tree}, ``optimizer`` and ``step``; values are the scalars ``loss``,
+    ``grad_norm`` (before clipping) and, for Prodigy, its distance estimate ``d``.
+    """
+    scale = initial_adapter_scale(config)
+
+    def objective(trees: dict[str, layers.Params], base: layers.Params, batch: reposing.Batch) -> jax.Array:
+        adapters = {name: Adapter(tree, scale) for name, tree in trees.items()}
+        return reposing.loss(
+            method, adapters, base, batch, seed=config.train.seed, guidance=config.train.guidance
+        )
+
+    def step(state: State, base: layers.Params, batch: reposing.Batch) -> tuple[State, Values]:
+        loss, gradients = jax.value_and_grad(objective)(state["adapters"], base, batch)
+        updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["adapters"])
+        values = {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
+        estimate = optim.prodigy_estimate(optimizer_state)
+        if estimate is not None:
+            values["d"] = estimate
+        following = {
+            "adapters": optax.apply_updates(state["adapters"], updates),
+            "optimizer": optimizer_state,
+            "step": state["step"] + 1,
+        }
+        return following, values
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def device_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+    """A loader's batch on the mesh, cut along its leading axis."""
+    chosen = {name: np.asarray(batch[name]) for name in BATCH_KEYS}
+    # Sample numbers are 64 bits wide on the host; keys fold in 32.
+    chosen["sample"] = chosen["sample"].astype(np.uint32)
+    return dict(meshes.put_batch(chosen, mesh))
+
+
+@dataclasses.dataclass
+class StepClock:
+    """Splits wall time into waiting for data and everything else, step by step."""
+
+    last: float = dataclasses.field(default_factory=time.perf_counter)
+    data: float = 0.0
+
+    def data_arrived(self) -> None:
+        """Call when the batch is in hand."""
+        self.data = time.perf_counter() - self.last
+
+    def restart(self) -> None:
+        """Starts a step's time now; call after work that belongs to no step."""
+        self.last = time.perf_counter()
+
+    def step(self, samples: int) -> dict[str, float]:
+        """The timing fields of the step that ends here."""
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        return {
+            "samples_per_second": round(samples / seconds, 3),
+            "seconds": round(seconds, 6),
+            "data_seconds": round(self.data, 6),
+        }
+
+
+def host_row(step: int, values: Values, timing: Mapping[str, float]) -> dict[str, Any]:
+    """One line of ``metrics.jsonl``. Waits for the step's values.
+
+    Raises UserError naming the step when a value is not finite.
+    """
+    numbers = {name: float(value) for name, value in jax.device_get(values).items()}
+    optim.check_finite(numbers, step)
+    return {"step": step, **numbers, **timing}
+
+
+def export(config: Config, folder: runs.RunFolder, tree: layers.Params, step: int, base_sha256: str) -> Path:
+    """Writes the adapter of a step and then points ``adapters/last`` at it."""
+    path = folder.adapter(step, config.lora.name)
+    with runs.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        adapter_files.save_adapter(
+            path,
+            Adapter(jax.device_get(tree), initial_adapter_scale(config)),
+            adapter_metadata(config, step, base_sha256),
+            stacked=flux.STACKED,
+        )
+    runs.write_atomic(folder.last, f"step_{step}\n")
+    return path
+
+
+def adapter_metadata(config: Config, step: int, base_sha256: str) -> adapter_files.AdapterMetadata:
+    """What generation must know of a training run."""
+    folder = resolve_base(config)
+    return adapter_files.AdapterMetadata(
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        base=folder.name,
+        base_sha256=base_sha256,
+        in_channels=flux.FluxConfig.from_json(folder / "transformer" / "config.json").in_channels,
+        control=config.conditioning.control,
+        caption=config.conditioning.caption,
+        prompt=config.conditioning.prompt,
+        text_length=config.conditioning.text_length,
+        size=config.conditioning.size,
+        guidance=config.train.guidance,
+        sample_guidance=config.sample.guidance,
+        sample_steps=config.sample.steps,
+        independent_conditions=config.conditioning.independent_conditions,
+        applies_to="condition",
+        step=step,
+    )
+
+
+class SampleSheet:
+    """A few pictures drawn during training by the sampler that ``generate`` runs, always of the same pairs.
+
+    Each row of the PNG shows subject, control, target and the drawn picture, all through the autoencoder.
+    """
+
+    ROWS = 8
+
+    def __init__(self, config: Config, method: reposing.Method, folder: Path, mesh: Mesh) -> None:
+        """Loads the autoencoder and the pairs when first asked to draw."""
+        self._config, self._method, self._folder, self._mesh = config, method, folder, mesh
+        self._reposer: api.Reposer | None = None
+        self._batch: dict[str, Any] = {}
+
+    def draw(self, base: layers.Params, trees: dict[str, layers.Params], step: int) -> Path:
+        """Writes ``step_N.png``."""
+        count = min(self._config.sample.batch, self.ROWS)
+        count = max(count // self._mesh.size, 1) * self._mesh.size
+        if self._reposer is None:
+            sample = self._config.sample
+            prepared = self._config.data.prepared
+            self._batch = dict(next(iter(loaders.make_loader(prepared, self._config.train.sampler, count, sample.seed))))
+            self._reposer = self._make_reposer(base)
+        scale = initial_adapter_scale(self._config)
+        adapters = {name: Adapter(tree, scale) for name, tree in trees.items()}
+        reposer = dataclasses.replace(self._reposer, adapters=adapters)
+        inputs = {k: np.asarray(self._batch[k]) for k in BATCH_KEYS if k != "target"}
+        inputs["sample"] = inputs["sample"].astype(np.uint32)
+        columns = [self._decode_mean(reposer, self._batch[name]) for name in ("subject", "control", "target")]
+        columns.append(reposer.draw(inputs, dataclasses.replace(self._config.sample, batch=count)))
+        sheet = np.concatenate([np.concatenate(list(column), axis=0) for column in columns], axis=1)
+        path = self._folder / f"step_{step}.png"
+        write_image(sheet, path)
+        return path
+
+    def _decode_mean(self, reposer: api.Reposer, moments: Any) -> np.ndarray:
+        vae = self._method.vae
+        mean = np.split(np.asarray(moments, np.float32), 2, axis=1)[0]
+        scaled = (mean - vae.shift_factor) * vae.scaling_factor
+        return api.to_pixels(reposer.decode(reposer.vae.params, meshes.put_batch(scaled, self._mesh)))
+
+    def _make_reposer(self, base: layers.Params) -> api.Reposer:
+        folder = resolve_base(self._config)
+        vae = pipeline.load_vae(folder, sharding=meshes.replicated(self._mesh))
+        # Nothing is kept for a backward pass here.
+        method = dataclasses.replace(self._method, remat="none")
+        return api.Reposer(
+            conditioning=self._config.conditioning,
+            defaults=self._config.sample,
+            method=method,
+            base=base,
+            adapters={},
+            vae=vae,
+            schedule=runs.read_json(folder / "scheduler" / "scheduler_config.json"),
+            text=(np.asarray(self._batch["prompt_embeds"]), np.asarray(self._batch["pooled"])),
+            mesh=self._mesh,
+            base_path=folder,
+            base_sha256="",
+            adapter_path=None,
+            adapter_sha256=None,
+            sampler=reposing.make_sampler(method),
+            encode=api.make_encoder(vae),
+            decode=api.make_decoder(vae),
+        )
+
+
