@@ -23,8 +23,7 @@ MIN_MASK_PIXELS = 10
 
 
 def mask_box(mask: Array) -> Box:
-    """The smallest half-open box (top, left, bottom, right) that holds every foreground pixel of ``mask`` [H,
-    W].
+    """The smallest half-open box (top, left, bottom, right) holding all foreground of ``mask`` [H, W].
 
     Raises ValueError for a mask without foreground.
     """
@@ -69,7 +68,7 @@ class Placement:
 
     @classmethod
     def crop(cls, height: int, width: int, box: Box, size: int) -> "Placement":
-        """``box`` of a height x width picture, centred on the square (an odd pixel of padding comes after)."""
+        """``box`` of a height x width picture, centred on the square; an odd pixel of padding comes after."""
         rows, columns = box[2] - box[0], box[3] - box[1]
         side = max(rows, columns)
         top, left = (side - rows) // 2, (side - columns) // 2
@@ -111,8 +110,9 @@ class Placement:
         return top, left, top + self.crop_size[0] * scale, left + self.crop_size[1] * scale
 
     def apply(self, image: Array, fill: float = 255, filter: Filter = "bilinear") -> Array:
-        """``image`` [height, width(, C)] uint8 or float on the canvas [size, size(, C)], padded with
-        ``fill``.
+        """``image`` [height, width(, C)], uint8 or float, on the canvas [size, size(, C)].
+
+        The padding has the value ``fill``.
         """
         if image.shape[:2] != (self.height, self.width):
             found = f"{image.shape[0]}x{image.shape[1]}"

@@ -118,14 +118,16 @@ def target_canvas(image: Array, size: int) -> Canvas:
 def subject_canvas(image: Array, mask: Array, size: int) -> Canvas:
     """The box round the subject, background kept, padded white, Lanczos.
 
-    Raises UserError for an empty mask."""
+    Raises UserError for an empty mask.
+    """
     placement = Placement.subject(mask, size)
     return Canvas(placement.apply(image, WHITE, "lanczos"), placement)
 
 
 def control_canvas(kind: str, image: Array, mask: Array, size: int) -> Canvas:
-    """The control ``kind`` of the target picture, padded white, bilinear. Raises UserError for an unknown
-    kind.
+    """The control ``kind`` of the target picture, padded white, bilinear.
+
+    Raises UserError for an unknown kind.
     """
     if kind not in CONTROLS:
         raise UserError(f"conditioning.control: found {kind!r}, expected one of {', '.join(CONTROLS)}")

@@ -265,8 +265,9 @@ SAMPLERS: dict[str, Callable[[Mapping[int, Sequence[int]]], Sampler]] = {
 
 
 def sampler(name: str, classes: Mapping[int, Sequence[int]]) -> Sampler:
-    """The sampler ``name`` over class id -> positions. Raises UserError for an unknown name or no possible
-    pair.
+    """The sampler ``name`` over class id -> positions.
+
+    Raises UserError for an unknown name or no possible pair.
     """
     if name not in SAMPLERS:
         raise UserError(f"train.sampler: found {name!r}, expected one of {', '.join(SAMPLERS)}")
