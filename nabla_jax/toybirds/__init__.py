@@ -16,7 +16,15 @@ _HOME = {
     "write_world": "writer",
     "Oracle": "oracle",
 }
-__all__ = ["CAPTION_WORDS", "Oracle", "caption", "fresh_captions", "fresh_pair", "fresh_scenes", "write_world"]
+__all__ = [
+    "CAPTION_WORDS",
+    "Oracle",
+    "caption",
+    "fresh_captions",
+    "fresh_pair",
+    "fresh_scenes",
+    "write_world",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -39,7 +39,7 @@ def fresh_pair(
     pose: str = "photo",
     antialias: int = 2,
 ) -> list[Render]:
-    """`views` pictures of one fresh bird on (size, size) canvases; the same (seed, index) gives the same pixels.
+    """`views` pictures of one fresh bird on (size, size) canvases; (seed, index) fixes every pixel.
 
     `pose_range` in [0, 1] scales how much the poses differ from a profile (0: only background, light and
     facing differ).

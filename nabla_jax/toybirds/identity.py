@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import numpy as np
 
@@ -118,7 +119,8 @@ COLOURS = REGIONS + ("bill", "legs", "eye")
 
 def mix(a: Colour, b: Colour, weight: float) -> Colour:
     """a (1 - weight) + b weight, per channel."""
-    return tuple(x + weight * (y - x) for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
+    red, green, blue = (x + weight * (y - x) for x, y in zip(a, b, strict=True))
+    return red, green, blue
 
 
 @functools.cache
@@ -127,7 +129,12 @@ def _assignments() -> np.ndarray:
     rows = np.array(list(itertools.product(range(3), repeat=len(REGIONS))))
     head, breast, belly, back, wing, tail = rows.T
     share = np.stack([(rows == k) @ _REGION_AREA for k in range(3)], axis=1)
-    keep = (wing != belly) & ((head != breast) | (head != back)) & (share.min(1) >= 0.18) & (share.max(1) <= 0.52)
+    keep = (
+        (wing != belly)
+        & ((head != breast) | (head != back))
+        & (share.min(1) >= 0.18)
+        & (share.max(1) <= 0.52)
+    )
     return rows[keep & ((wing != back) | (wing != tail))]
 
 
@@ -177,7 +184,7 @@ def _draw_shape(world_seed: int, order_index: int, family: int) -> Shape:
 
 def _draw_coat(
     world_seed: int, order_index: int, family: int, species: int, symbols: tuple[int, ...]
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """A species' adult colours and marks as keyword arguments of Identity."""
     f = generator(world_seed, "palette", order_index, family)
     vivid = PALETTE[pick(f, _VIVID)]
@@ -190,7 +197,10 @@ def _draw_coat(
         """The family's mark, or in one species of three the species' own; never in the region's colour."""
         # All draws happen whether used or not: dropping a mark then shifts no other draw.
         own = chance(s, 0.35)
-        family_draw, species_draw = (float(m.random()), float(m.random())), (float(s.random()), float(s.random()))
+        family_draw, species_draw = (
+            (float(m.random()), float(m.random())),
+            (float(s.random()), float(s.random())),
+        )
         on, which = species_draw if own else family_draw
         colour = palette[(of[region] + 1 + int(which * 2)) % 3]
         return Mark(float(on < probability), colour, position, extent * uniform(s, 0.92, 1.08))
@@ -220,45 +230,46 @@ def _draw_coat(
 _EARTH_TINTS: tuple[Colour, ...] = ((0.4, 0.3, 0.2), (0.9, 0.9, 0.9), (0.1, 0.1, 0.15))
 
 
-def _dress(coat: dict[str, object], plumage: int) -> dict[str, object]:
+def _dress(coat: dict[str, Any], plumage: int) -> dict[str, Any]:
     """The same species as a female (1) or juvenile (2): muted, with marks dropped or added."""
     if plumage == 0:
         return coat
     amount = 0.27 if plumage == 1 else 0.20
     coat = dict(coat)
     for name in REGIONS:
-        colour: Colour = coat[name]  # type: ignore[assignment]
+        colour: Colour = coat[name]
         saturated = max(colour) - min(colour) > 0.3
         coat[name] = mix(colour, _EARTH, amount * (1.35 if saturated else 0.75))
     for name in MARKS:
-        mark: Mark = coat[name]  # type: ignore[assignment]
+        mark: Mark = coat[name]
         keep = name not in (("cap", "breast_band") if plumage == 1 else ("cheek", "throat"))
         coat[name] = dataclasses.replace(
             mark, colour=mix(mark.colour, _EARTH, amount), strength=mark.strength if keep else 0.0
         )
     if plumage == 2:
-        spots: Mark = coat["spots"]  # type: ignore[assignment]
+        spots: Mark = coat["spots"]
         coat["spots"] = dataclasses.replace(spots, strength=0.85)
     return coat
 
 
-def _jitter(coat: dict[str, object], rng: np.random.Generator) -> dict[str, object]:
+def _jitter(coat: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     """Individual variation: colours by about two percent, borders by a few hundredths."""
     gain = uniform(rng, -0.03, 0.03)
 
     def shift(colour: Colour) -> Colour:
-        return tuple(min(max(c * (1 + gain) + uniform(rng, -0.016, 0.016), 0.0), 1.0) for c in colour)  # type: ignore[return-value]
+        red, green, blue = (min(max(c * (1 + gain) + uniform(rng, -0.016, 0.016), 0.0), 1.0) for c in colour)
+        return red, green, blue
 
     out = dict(coat)
     for name in COLOURS:
-        out[name] = shift(coat[name])  # type: ignore[arg-type]
+        out[name] = shift(coat[name])
     for name in MARKS:
-        mark: Mark = coat[name]  # type: ignore[assignment]
+        mark: Mark = coat[name]
         out[name] = dataclasses.replace(
             mark, colour=shift(mark.colour), position=mark.position + uniform(rng, -0.012, 0.012)
         )
-    out["back_line"] = float(coat["back_line"]) + uniform(rng, -0.012, 0.012)  # type: ignore[arg-type]
-    out["spot_phase"] = float(coat["spot_phase"]) + uniform(rng, -0.04, 0.04)  # type: ignore[arg-type]
+    out["back_line"] = float(coat["back_line"]) + uniform(rng, -0.012, 0.012)
+    out["spot_phase"] = float(coat["spot_phase"]) + uniform(rng, -0.04, 0.04)
     return out
 
 
@@ -278,7 +289,7 @@ def draw_identity(
     coat = _dress(_draw_coat(world_seed, order, family, species, symbols), plumage)
     coat = _jitter(coat, generator(world_seed, "individual", order, family, species, plumage, individual))
     path = (world_seed, order, family, species, plumage, individual)
-    return Identity(path=path, shape=_draw_shape(world_seed, order, family), **coat)  # type: ignore[arg-type]
+    return Identity(path=path, shape=_draw_shape(world_seed, order, family), **coat)
 
 
 def fresh_identity(seed: int, index: int) -> Identity:
@@ -289,4 +300,4 @@ def fresh_identity(seed: int, index: int) -> Identity:
     symbols = tuple(int(v) for v in rows[min(int(rng.random() * len(rows)), len(rows) - 1)])
     plumage = int(rng.random() * 4) % 3  # adult colours half of the time
     coat = _jitter(_dress(_draw_coat(world, 0, 0, 0, symbols), plumage), rng)
-    return Identity(path=(seed, -1, index, 0, plumage, 0), shape=_draw_shape(world, 0, 0), **coat)  # type: ignore[arg-type]
+    return Identity(path=(seed, -1, index, 0, plumage, 0), shape=_draw_shape(world, 0, 0), **coat)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,7 @@ class Oracle:
         self.path = path
         self.settings = Settings(**{name: found[name] for name in fields})
         self._dataset: str = found["dataset"]
-        self._images: dict[str, dict[str, object]] = found["images"]
+        self._images: dict[str, dict[str, Any]] = found["images"]
 
     def __len__(self) -> int:
         return len(self._images)
@@ -83,16 +84,20 @@ class Oracle:
         return self._in_target(self._draw(o, f, s, pick(rng, others)), target_id).rgb
 
     def lineup(self, subject_id: str, target_id: str, n: int = 10, seed: int = 0) -> list[np.ndarray]:
-        """The right answer first, then n - 1 other species in that picture, members of the family before others."""
+        """The right answer, then n - 1 other species in that picture, members of the family first."""
         _, o, f, s, plumage, _ = self._picture(subject_id).identity
         rng = self._generator("lineup", seed, subject_id, target_id)
         families = [(a, b) for a in range(self.settings.orders) for b in range(plan.FAMILIES_PER_ORDER)]
         family = [(o, f, k) for k in range(SPECIES_PER_FAMILY) if k != s]
         others = [(a, b, k) for a, b in families if (a, b) != (o, f) for k in range(SPECIES_PER_FAMILY)]
-        candidates = [family[i] for i in order(rng, len(family))] + [others[i] for i in order(rng, len(others))]
+        candidates = [family[i] for i in order(rng, len(family))] + [
+            others[i] for i in order(rng, len(others))
+        ]
         if not 1 <= n <= len(candidates) + 1:
             raise UserError(f"lineup of {n} species: expected 1 to {len(candidates) + 1}")
-        wrong = [self._in_target(self._draw(*who, plumage), target_id).rgb for who in candidates[: n - 1]]
+        wrong = [
+            self._in_target(self._draw(a, b, k, plumage), target_id).rgb for a, b, k in candidates[: n - 1]
+        ]
         return [self.right(subject_id, target_id), *wrong]
 
     def mask(self, target_id: str) -> np.ndarray:
@@ -106,10 +111,10 @@ class Oracle:
         return Picture(
             image_id=image_id,
             path="",
-            identity=(self.settings.seed, *entry["identity"]),  # type: ignore[misc]
-            scene_key=(self._dataset, entry["scene"]),  # type: ignore[arg-type]
-            canvas=tuple(entry["canvas"]),  # type: ignore[arg-type]
-            fill=entry["fill"],  # type: ignore[arg-type]
+            identity=(self.settings.seed, *entry["identity"]),
+            scene_key=(self._dataset, entry["scene"]),
+            canvas=tuple(entry["canvas"]),
+            fill=entry["fill"],
         )
 
     def _draw(self, order_index: int, family: int, species: int, plumage: int) -> Identity:

@@ -51,7 +51,8 @@ class Render:
 
     rgb uint8 [H, W, 3]; mask bool [H, W]; depth float32 [H, W] (0 background, else 0.3 far .. 1 near);
     parts uint8 [H, W] (indices into PARTS); keypoints float32 [11, 3] (x, y in pixels, visible 0 or 1) in
-    the order of KEYPOINTS; box (x, y, width, height), float, the bird's own extent, which may pass the border.
+    the order of KEYPOINTS; box (x, y, width, height), float, the bird's own extent, which
+    may pass the border.
     """
 
     rgb: Array
@@ -117,10 +118,18 @@ def pose_bird(shape: Shape, scene: Scene) -> tuple[Array, Array]:
     )  # fmt: skip
     for sign in (-1.0, 1.0):
         eye = head @ _about_y(-sign * -0.35)
-        add(head_centre + head @ np.array([0.42 * r, 0.16 * r, sign * 0.72 * r]), eye, (0.19 * r, 0.19 * r, 0.19 * r))
+        add(
+            head_centre + head @ np.array([0.42 * r, 0.16 * r, sign * 0.72 * r]),
+            eye,
+            (0.19 * r, 0.19 * r, 0.19 * r),
+        )
     tail = body @ _about_z(shape.tail_angle + scene.tail)
     tail_base = body @ np.array([-1.12, 0.08, 0.0])
-    add(tail_base + tail @ np.array([-0.72 * shape.tail_length, 0.0, 0.0]), tail, (shape.tail_length, 0.17, shape.tail_width))
+    add(
+        tail_base + tail @ np.array([-0.72 * shape.tail_length, 0.0, 0.0]),
+        tail,
+        (shape.tail_length, 0.17, shape.tail_width),
+    )
     for sign in (-1.0, 1.0):
         wing = body @ _about_z(0.06 + scene.wing) @ _about_x(sign * 0.16)
         shoulder = body @ np.array([0.50, 0.12 * h, sign * 0.74 * w])
@@ -214,7 +223,10 @@ def _head(bird: Identity, p: Array) -> Array:
         dx, dy = (x - F32(0.55)) * F32(1 / bird.throat.extent), (y + F32(0.75)) * F32(1 / bird.throat.extent)
         coat.mark(bird.throat, _bump(dx * dx + dy * dy))
     if bird.cheek.strength:
-        dx, dy = (x + F32(0.12)) * F32(1 / bird.cheek.extent), (y - F32(bird.cheek.position - 0.12)) * F32(1.45)
+        dx, dy = (
+            (x + F32(0.12)) * F32(1 / bird.cheek.extent),
+            (y - F32(bird.cheek.position - 0.12)) * F32(1.45),
+        )
         coat.mark(bird.cheek, _bump(dx * dx + dy * dy))
     if bird.cap.strength:
         coat.mark(bird.cap, _step(y - F32(0.15) * x, bird.cap.position - 0.06, 0.11))
@@ -271,7 +283,10 @@ def _background(scene: Scene, foot: float) -> Array:
     """A smooth backdrop float32 [3, H, W]; `foot` is the pixel row of the bird's feet, where a perch runs."""
     height, width = scene.canvas
     rows, columns = _grid(height, width)
-    top, bottom = np.array(scene.ground_top, F32)[:, None, None], np.array(scene.ground_bottom, F32)[:, None, None]
+    top, bottom = (
+        np.array(scene.ground_top, F32)[:, None, None],
+        np.array(scene.ground_bottom, F32)[:, None, None],
+    )
     ground = top + (bottom - top) * rows + F32(0.12 * scene.light[0]) * (columns - F32(0.5))
     for cy, cx, radius, colour, strength in scene.blobs:
         dy, dx = rows - F32(cy), columns - F32(cx)
@@ -287,7 +302,9 @@ def _background(scene: Scene, foot: float) -> Array:
     return ground
 
 
-def _cast(centres: Array, axes: Array, scale: float, origin: tuple[float, float], height: int, width: int) -> tuple[Array, Array]:
+def _cast(
+    centres: Array, axes: Array, scale: float, origin: tuple[float, float], height: int, width: int
+) -> tuple[Array, Array]:
     """z-buffer float32 [H, W] (-inf where empty) and part map uint8 [H, W]."""
     near = np.full((height, width), -np.inf, F32)
     parts = np.zeros((height, width), np.uint8)
@@ -320,8 +337,16 @@ def _cast(centres: Array, axes: Array, scale: float, origin: tuple[float, float]
 _TORSO = (_PART["body"], _PART["rear"], _PART["neck"])
 
 
-def _paint(bird: Identity, scene: Scene, centres: Array, axes: Array, scale: float, origin: tuple[float, float],
-           near: Array, parts: Array) -> Array:  # fmt: skip
+def _paint(
+    bird: Identity,
+    scene: Scene,
+    centres: Array,
+    axes: Array,
+    scale: float,
+    origin: tuple[float, float],
+    near: Array,
+    parts: Array,
+) -> Array:
     """Shaded colours float32 [3, H W], zero where there is no bird."""
     width = near.shape[1]
     flat_parts, flat_near = parts.ravel(), near.ravel()
@@ -365,7 +390,7 @@ def _matvec(matrix: Array, v: Array) -> Array:
 
 
 def _keypoints(centres: Array, axes: Array, scale: float, origin: tuple[float, float], parts: Array) -> Array:
-    """float32 [11, 3]: x, y, visible. A point is visible when the part that owns it is what the camera sees there."""
+    """float32 [11, 3]: x, y, visible, which is whether the camera sees the owning part at that point."""
     height, width = parts.shape
     out = np.zeros((len(KEYPOINTS), 3), F32)
     for row, (owner, point, seen_on) in enumerate(_ANCHORS):
@@ -376,7 +401,10 @@ def _keypoints(centres: Array, axes: Array, scale: float, origin: tuple[float, f
         x, y = origin[0] + scale * world[0], origin[1] - scale * world[1]
         column, line = math.floor(x), math.floor(y)
         turned = normal[2] / math.sqrt(normal @ normal)
-        turned_away = turned < _FARTHEST_FACING and owner not in ("bill", "tail")  # thin parts show from anywhere
+        turned_away = turned < _FARTHEST_FACING and owner not in (
+            "bill",
+            "tail",
+        )  # thin parts show from anywhere
         visible = (
             0 <= column < width and 0 <= line < height and not turned_away
             and PARTS[parts[line, column]] in seen_on

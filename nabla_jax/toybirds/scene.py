@@ -88,15 +88,16 @@ def draw_scene(
     ground = pick(rng, _GROUNDS)
     level = uniform(rng, -0.05, 0.05)
     lift = uniform(rng, 0.02, 0.10)
-    top = tuple(min(c + level + lift, 1.0) for c in ground)
-    bottom = tuple(c + level - lift for c in ground)
+    top, bottom = _shifted(ground, level + lift), _shifted(ground, level - lift)
     blobs = []
     for _ in range(3):
         # Blobs brighten on the side the light comes from, so that the background tells of the light.
         centre = (uniform(rng, 0, 1), uniform(rng, 0, 1))
         strength = uniform(rng, 0.2, 0.7)
         bright = 1.0 if (centre[1] - 0.5) * light_side > 0 else -1.0
-        colour = tuple(min(max(c + bright * uniform(rng, 0.03, 0.14), 0), 1) for c in pick(rng, _GROUNDS))
+        blob = pick(rng, _GROUNDS)
+        offsets = [bright * uniform(rng, 0.03, 0.14) for _ in range(3)]
+        colour = (blob[0] + offsets[0], blob[1] + offsets[1], blob[2] + offsets[2])
         blobs.append((*centre, uniform(rng, 0.25, 0.55), colour, strength))
     return Scene(
         canvas=canvas or (size, size),
@@ -111,13 +112,17 @@ def draw_scene(
         light=(light_side, uniform(rng, 0.65, 0.9), 0.55),
         ambient=uniform(rng, 0.50, 0.58),
         tint=(1 + uniform(rng, -0.03, 0.03), 1.0, 1 + uniform(rng, -0.03, 0.03)),
-        ground_top=top,  # type: ignore[arg-type]
-        ground_bottom=bottom,  # type: ignore[arg-type]
-        blobs=tuple(blobs),  # type: ignore[arg-type]
+        ground_top=top,
+        ground_bottom=bottom,
+        blobs=tuple(blobs),
         perch=1.0 if chance(rng, 0.5) else 0.0,
         perch_slope=uniform(rng, -0.12, 0.12),
         perch_colour=pick(rng, ((0.34, 0.27, 0.20), (0.42, 0.36, 0.30), (0.30, 0.32, 0.24))),
     )
+
+
+def _shifted(colour: Colour, level: float) -> Colour:
+    return colour[0] + level, colour[1] + level, colour[2] + level
 
 
 def mirrored(scene: Scene) -> Scene:

@@ -25,16 +25,27 @@ _ORDERS = (
                            ("Bramble Chats", "Bramble Chat"))),
     ("Stilts, Bobbers, and Allies", (("Reedbobbers", "Reedbobber"), ("Tidepickers", "Tidepicker"),
                                      ("Mudlarks", "Mudlark"))),
-    ("Plump Doves and Tumblers", (("Tumblers", "Tumbler"), ("Mossdoves", "Mossdove"), ("Crooners", "Crooner"))),
+    ("Plump Doves and Tumblers", (("Tumblers", "Tumbler"), ("Mossdoves", "Mossdove"),
+                                  ("Crooners", "Crooner"))),
     ("Bark Climbers", (("Barkhoppers", "Barkhopper"), ("Tappers", "Tapper"), ("Creeplings", "Creepling"))),
     ("Gapers", (("Dusk Gapers", "Dusk Gaper"), ("Rollers", "Roller"), ("Beeflits", "Beeflit"))),
-    ("Meadow Fowl", (("Clovercocks", "Clovercock"), ("Quailings", "Quailing"), ("Stubble Hens", "Stubble Hen"))),
+    ("Meadow Fowl", (("Clovercocks", "Clovercock"), ("Quailings", "Quailing"),
+                     ("Stubble Hens", "Stubble Hen"))),
 )  # fmt: skip
 _ADJECTIVES = (
-    "Northern", "Highland", "Marsh", "Coastal", "Island", "Valley", "Harlequin", "Marlow's", "Lesser", "Greater",
-    "Sedge", "Black-toed", "Old-field", "Mirror",
+    "Northern", "Highland", "Marsh", "Coastal", "Island", "Valley", "Harlequin", "Marlow's", "Lesser",
+    "Greater", "Sedge", "Black-toed", "Old-field", "Mirror",
 )  # fmt: skip
-_UNSEEN_ADJECTIVES = ("Tūī-voiced", "Cinder", "São Tomé", "Lagoon", "Müller’s", "Far-country", "Brook", "Ōkārito")
+_UNSEEN_ADJECTIVES = (
+    "Tūī-voiced",
+    "Cinder",
+    "São Tomé",
+    "Lagoon",
+    "Müller’s",
+    "Far-country",
+    "Brook",
+    "Ōkārito",
+)
 _QUALIFIERS = (
     ("Adult male", "Adult Male", "Male", "Breeding", "Breeding male"),
     ("Female", "Female/immature", "Nonbreeding", "Female/Nonbreeding male"),
@@ -46,8 +57,12 @@ _FAMILY_NAMES = ("Alder", "van der Berg", "Castillo", "Dunn", "Eriksen", "O'Farr
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides every byte of a world. `size` is the pictures' long side in pixels; `images` the number
-    of pictures in nabirds/; `orders` the number of orders (each 3 families of 4 seen and 2 unseen species)."""
+    """What decides every byte of a world.
+
+    `size` is the pictures' long side in pixels, `images` the number of pictures in nabirds/, `orders` the
+    number of orders, each of 3 families of 4 seen and 2 unseen species; `pose` and `pose_range` as in
+    `scene.draw_scene`.
+    """
 
     seed: int = 0
     size: int = 96
@@ -107,6 +122,8 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class NabirdsImage:
+    """A picture of nabirds/ with class and split; box_margin is (left, top, right, bottom), pixels."""
+
     picture: Picture
     class_id: int
     train: bool
@@ -123,7 +140,7 @@ class Observation:
 
 
 def plumages(order_index: int, family: int, species: int) -> tuple[int, ...]:
-    """The plumages (indices into PLUMAGES) in which a species occurs; alternates so every family has 1, 2 and 3."""
+    """The plumages (indices into PLUMAGES) in which a species occurs: one, two or three."""
     pattern = ((1, 2, 1, 2, 2, 1), (1, 1, 2, 3, 1, 3))[(order_index * FAMILIES_PER_ORDER + family) % 2]
     return tuple(range(pattern[species % SPECIES_PER_FAMILY]))
 
@@ -137,7 +154,9 @@ def species_list(orders: int, seen: bool) -> list[tuple[int, int, int]]:
 def species_name(seed: int, order_index: int, family: int, species: int) -> str:
     """A made-up common name, unique within a world; those of unseen species may be non-ASCII."""
     adjectives = _ADJECTIVES if species < SEEN_SPECIES else _UNSEEN_ADJECTIVES
-    chosen = order(generator(seed, "names", order_index, family, int(species >= SEEN_SPECIES)), len(adjectives))
+    chosen = order(
+        generator(seed, "names", order_index, family, int(species >= SEEN_SPECIES)), len(adjectives)
+    )
     return f"{adjectives[int(chosen[species % SEEN_SPECIES])]} {_ORDERS[order_index][1][family][1]}"
 
 
@@ -155,7 +174,7 @@ def _canvas(rng: np.random.Generator, size: int) -> tuple[int, int]:
 
 
 def hierarchy(settings: Settings) -> list[Node]:
-    """All classes, ids 0..n-1; leaf ids have gaps where internal species nodes lie, leaves sit at depth 3 or 4.
+    """All classes, ids 0..n-1. Leaf ids have gaps where inner species nodes lie; leaves sit at depth 3 or 4.
 
     Four leaf names carry the odd spaces of the real file.
     """
@@ -208,7 +227,7 @@ def _uuid(rng: np.random.Generator) -> str:
 
 
 def nabirds_images(settings: Settings, nodes: list[Node]) -> list[NabirdsImage]:
-    """Every picture of nabirds/, sorted by id. About one in fifty birds runs past the border of its canvas."""
+    """Every picture of nabirds/, sorted by id; one bird in about fifty runs past the border of its canvas."""
     leaves = [node for node in nodes if node.leaf is not None]
     images: list[NabirdsImage] = []
     for node, count in zip(leaves, _counts(settings, len(leaves)), strict=True):
@@ -228,9 +247,9 @@ def nabirds_images(settings: Settings, nodes: list[Node]) -> list[NabirdsImage]:
                 canvas=_canvas(rng, settings.size),
                 fill=uniform(rng, 1.06, 1.16) if cut else None,
             )
-            margin = tuple(int(uniform(rng, 0, 4)) for _ in range(4))
+            left, top, right, bottom = (int(uniform(rng, 0, 4)) for _ in range(4))
             name = f"{pick(rng, _GIVEN)} {pick(rng, _FAMILY_NAMES)}"
-            images.append(NabirdsImage(picture, node.class_id, k % 2 == 0, name, margin))  # type: ignore[arg-type]
+            images.append(NabirdsImage(picture, node.class_id, k % 2 == 0, name, (left, top, right, bottom)))
     return sorted(images, key=lambda image: image.picture.image_id)
 
 
@@ -284,7 +303,9 @@ def observations(settings: Settings, subset: str) -> list[Observation]:
         for _ in range(SEEN_OBSERVATIONS if seen else UNSEEN_OBSERVATIONS):
             index = len(out)
             rng = generator(settings.seed, "observation", subset, index)
-            observation_id = str((100_000_000 if seen else 200_000_000) + 1000 * index + int(rng.random() * 1000))
+            observation_id = str(
+                (100_000_000 if seen else 200_000_000) + 1000 * index + int(rng.random() * 1000)
+            )
             plumage = pick(rng, plumages(o, f, s))
             identity = (settings.seed, o, f, s, plumage, (1_000_000 if seen else 2_000_000) + index)
             folder = f"{name.replace(' ', '_')}/{observation_id}"
@@ -320,4 +341,3 @@ def observations(settings: Settings, subset: str) -> list[Observation]:
             }
             out.append(Observation(row, (pictures[0], pictures[1])))
     return out
-

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from nabla_jax.toybirds.captions import background_caption, caption, long_captio
 from nabla_jax.toybirds.identity import draw_identity
 from nabla_jax.toybirds.render import KEYPOINTS, Render, render
 from nabla_jax.toybirds.world import NabirdsImage, Node, Observation, Picture, Settings, scene_of
+
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
@@ -50,7 +52,11 @@ class _Taken:
 def _save(task: _Task, shot: Render) -> None:
     target = Path(task.root, task.picture.path)
     control = Path(*target.relative_to(Path(task.root, "images")).parts).with_suffix(".png")
-    for folder in (target.parent, Path(task.root, task.masks, control.parent), Path(task.root, "depth", control.parent)):
+    for folder in (
+        target.parent,
+        Path(task.root, task.masks, control.parent),
+        Path(task.root, "depth", control.parent),
+    ):
         folder.mkdir(parents=True, exist_ok=True)
     Image.fromarray(shot.rgb).save(target, format="JPEG", quality=95, subsampling=0)
     Image.fromarray(shot.mask.astype(np.uint8) * 255).save(Path(task.root, task.masks, control))
@@ -70,6 +76,8 @@ def _take(task: _Task) -> _Taken:
 def _die_with_parent() -> None:
     """Workers of a parent that was killed outright must not live on."""
     parent = multiprocessing.parent_process()
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers
 
     def watch() -> None:
         if parent is not None:
@@ -97,7 +105,9 @@ def _write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=0, sort_keys=True) + "\n", encoding="utf-8", newline="\n")
+    path.write_text(
+        json.dumps(value, ensure_ascii=False, indent=0, sort_keys=True) + "\n", encoding="utf-8", newline="\n"
+    )
 
 
 def _write_csv(path: Path, header: list[str], rows: Iterable[list[str]]) -> None:
@@ -110,7 +120,12 @@ def _write_csv(path: Path, header: list[str], rows: Iterable[list[str]]) -> None
 def _oracle_json(settings: Settings, dataset: str, pictures: Iterable[Picture]) -> dict[str, object]:
     """What `oracle.Oracle` needs to rebuild who is in each picture and how it was taken."""
     images = {
-        p.image_id: {"identity": list(p.identity[1:]), "scene": p.scene_key[1], "canvas": list(p.canvas), "fill": p.fill}
+        p.image_id: {
+            "identity": list(p.identity[1:]),
+            "scene": p.scene_key[1],
+            "canvas": list(p.canvas),
+            "fill": p.fill,
+        }
         for p in pictures
     }
     return {**settings.to_json(), "dataset": dataset, "images": images}
@@ -128,17 +143,28 @@ def _box(image: NabirdsImage, taken: _Taken) -> tuple[int, int, int, int]:
     return x0, y0, x1 - x0, y1 - y0
 
 
-def _write_nabirds(root: Path, settings: Settings, nodes: list[Node], images: list[NabirdsImage], taken: list[_Taken]) -> None:
+def _write_nabirds(
+    root: Path, settings: Settings, nodes: list[Node], images: list[NabirdsImage], taken: list[_Taken]
+) -> None:
     ids = [image.picture.image_id for image in images]
     _write_lines(root / "classes.txt", (f"{n.class_id} {n.name}" for n in nodes))
     _write_lines(root / "hierarchy.txt", (f"{n.class_id} {n.parent}" for n in nodes if n.parent is not None))
-    _write_lines(root / "images.txt", (f"{i.picture.image_id} {i.picture.path.removeprefix('images/')}" for i in images))
+    _write_lines(
+        root / "images.txt",
+        (f"{i.picture.image_id} {i.picture.path.removeprefix('images/')}" for i in images),
+    )
     _write_lines(root / "image_class_labels.txt", (f"{i.picture.image_id} {i.class_id}" for i in images))
     _write_lines(root / "train_test_split.txt", (f"{i.picture.image_id} {int(i.train)}" for i in images))
     _write_lines(root / "photographers.txt", (f"{i.picture.image_id} {i.photographer}" for i in images))
-    _write_lines(root / "sizes.txt", (f"{i.picture.image_id} {i.picture.canvas[1]} {i.picture.canvas[0]}" for i in images))
+    _write_lines(
+        root / "sizes.txt",
+        (f"{i.picture.image_id} {i.picture.canvas[1]} {i.picture.canvas[0]}" for i in images),
+    )
     boxes = (_box(image, t) for image, t in zip(images, taken, strict=True))
-    _write_lines(root / "bounding_boxes.txt", (f"{i} {x} {y} {w} {h}" for i, (x, y, w, h) in zip(ids, boxes, strict=True)))
+    _write_lines(
+        root / "bounding_boxes.txt",
+        (f"{i} {x} {y} {w} {h}" for i, (x, y, w, h) in zip(ids, boxes, strict=True)),
+    )
     _write_lines(root / "parts" / "parts.txt", (f"{k} {name}" for k, name in enumerate(KEYPOINTS)))
     _write_lines(
         root / "parts" / "part_locs.txt",
@@ -151,16 +177,24 @@ def _write_nabirds(root: Path, settings: Settings, nodes: list[Node], images: li
     _write_json(root / "captions.json", {i: t.short for i, t in zip(ids, taken, strict=True)})
     _write_json(root / "captions_long.json", {i: t.long for i, t in zip(ids, taken, strict=True)})
     pairs = plan.look_alike_pairs(settings, images)
-    _write_csv(root / "pairs.csv", ["class_id", "image_1", "image_2"], ([f"{c:04d}", a, b] for c, a, b in pairs))
+    _write_csv(
+        root / "pairs.csv", ["class_id", "image_1", "image_2"], ([f"{c:04d}", a, b] for c, a, b in pairs)
+    )
     _write_json(root / "oracle.json", _oracle_json(settings, "nabirds", (i.picture for i in images)))
 
 
-def _write_inat(root: Path, settings: Settings, subset: str, observed: list[Observation], taken: list[_Taken]) -> None:
+def _write_inat(
+    root: Path, settings: Settings, subset: str, observed: list[Observation], taken: list[_Taken]
+) -> None:
     pictures = [p for o in observed for p in o.pictures]
     header = list(observed[0].row)
     _write_csv(root / "final_pairs.csv", header, (list(o.row.values()) for o in observed))
-    _write_json(root / "captions_short.json", {p.image_id: t.short for p, t in zip(pictures, taken, strict=True)})
-    _write_json(root / "captions_long.json", {p.image_id: t.long for p, t in zip(pictures, taken, strict=True)})
+    _write_json(
+        root / "captions_short.json", {p.image_id: t.short for p, t in zip(pictures, taken, strict=True)}
+    )
+    _write_json(
+        root / "captions_long.json", {p.image_id: t.long for p, t in zip(pictures, taken, strict=True)}
+    )
     _write_json(root / "oracle.json", _oracle_json(settings, f"inat/{subset}", pictures))
 
 
@@ -242,7 +276,9 @@ def _write_all(root: Path, settings: Settings, workers: int, progress: bool) -> 
     observed = {subset: plan.observations(settings, subset) for subset in ("na", "unseen")}
     tasks = [_Task(settings, i.picture, str(root / "nabirds"), "masks", True) for i in images]
     for subset, rows in observed.items():
-        tasks += [_Task(settings, p, str(root / "inat" / subset), "mask", False) for o in rows for p in o.pictures]
+        tasks += [
+            _Task(settings, p, str(root / "inat" / subset), "mask", False) for o in rows for p in o.pictures
+        ]
     results = _run(tasks, workers)
     taken = list(tqdm(results, total=len(tasks), desc="toybirds", unit="picture", disable=not progress))
     _write_nabirds(root / "nabirds", settings, nodes, images, taken[: len(images)])
