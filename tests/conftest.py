@@ -1,7 +1,9 @@
 """Settings of the whole suite: CPU, a persistent compilation cache, one thread per torch, and no silent skips."""
 
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,9 +51,48 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("skips that are not allowed", red=True)
         for line in _refused:
             terminalreporter.line(line)
+    if _unread:
+        terminalreporter.section("golden tensors that no test read", red=True)
+        for line in _unread:
+            terminalreporter.line(line)
+
+
+# --- golden tensors that no test read: workers hand what they read to the controller, a whole run is checked
+
+_read: set[tuple[str, str, str]] = set()
+_unread: list[str] = []
+
+
+def _read_here() -> set[tuple[str, str, str]]:
+    module = sys.modules.get("tests.golden.golden")
+    return set() if module is None else module.USED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    _read.update(map(tuple, getattr(node, "workeroutput", {}).get("golden", ())))
+
+
+def _is_whole_run(config: pytest.Config) -> bool:
+    chosen = [Path(a.split("::")[0]).resolve() for a in config.args if "::" not in a]
+    goldens = Path(__file__).resolve().parent / "golden"
+    narrowed = config.option.keyword or config.option.markexpr or len(chosen) < len(config.args)
+    if narrowed or not goldens.is_dir():
+        return False
+    return any(goldens.is_relative_to(folder) for folder in chosen)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if _refused and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["golden"] = sorted(_read_here())
+        return
+    _read.update(_read_here())
+    if _is_whole_run(session.config) and session.exitstatus == pytest.ExitCode.OK:
+        from tests.golden.test_classes import stored
+
+        unread = {(*file.split("/"), tensor) for file, tensor in stored()} - _read
+        _unread.extend(sorted("/".join(name) for name in unread))
+    fine = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+    if (_refused or _unread) and session.exitstatus in fine:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

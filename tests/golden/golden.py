@@ -1,8 +1,8 @@
 """Reads the golden numbers: tensors and scalars made once from the published PyTorch system.
 
 Layout: `<NABLA_GOLDEN_DIR>/<case>/<NABLA_GOLDEN_SET>/` with a `manifest.json` and `*.safetensors`. The
-directory defaults to `tests/golden/data`, the set to `dev`. Tests take every size, file and tensor name from the
-manifest, so that they also run against another set. Whatever is missing is a failure, never a skip.
+directory defaults to `tests/golden/data`, the set to `dev`. Tests take every size, file and tensor name from
+the manifest, so that they also run against another set. Whatever is missing is a failure, never a skip.
 
     golden = case("schedules")
     sigmas = golden.tensor("schedules", "dev.steps28.n4096.sigmas")
@@ -17,6 +17,10 @@ from typing import Any
 
 import numpy as np
 from safetensors import safe_open
+
+# (case, file, tensor) of everything that was read in this process; the suite checks that nothing stored goes
+# unread.
+USED: set[tuple[str, str, str]] = set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Case:
                 f"{self.folder}/{_stem(file)}.safetensors: {name} has shape {array.shape}, "
                 f"the manifest says {entry[name]['shape']}"
             )
+        USED.add((self.name, _stem(file), name))
         return array
 
     def tensors(self, file: str, prefix: str = "") -> dict[str, np.ndarray]:
@@ -78,7 +83,8 @@ class Case:
         }
 
     def path(self, file: str) -> Path:
-        """Path of a file of the case, which must exist."""
+        """Path of a file of the case, which must exist; all its tensors count as read."""
+        USED.update((self.name, _stem(file), name) for name in self.names(file))
         return _existing(self.folder / f"{_stem(file)}.safetensors")
 
     def external_path(self, key: str) -> Path:
