@@ -1,4 +1,4 @@
-"""The rectified flow: the straight path and its loss (`path`), the schedule and the Euler loop (`sampler`)."""
+"""The rectified flow: the straight path and its loss (`path`), schedule and Euler loop (`sampler`)."""
 
 from nabla_jax.flow.path import (
     foreground_weight,

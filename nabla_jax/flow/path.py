@@ -54,7 +54,7 @@ def velocity_loss(
         prediction: [B, N, D].
         x0, x1: data and noise, [B, N, D].
         weight: None or [B, N], one non-negative weight per token, not all zero in any picture. Weights are
-            divided by their mean over each picture, so equal weights of any size give the plain mean and a small
+            divided by their mean over each picture: equal weights of any size give the plain mean and a small
             bird counts as much as a large one.
 
     Returns:

@@ -81,8 +81,8 @@ def euler(
         sigmas: [steps + 1], from `sigmas`.
 
     Returns:
-        The shape of `latents`, float32. The sum is kept in float32 whatever the model computes in: 28 small steps
-        in bfloat16 would lose most of their bits.
+        The shape of `latents`, float32. The sum is kept in float32 whatever the model computes in: 28 small
+        steps in bfloat16 would lose most of their bits.
     """
     levels = jnp.asarray(sigmas, jnp.float32)
 
