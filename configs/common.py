@@ -4,7 +4,9 @@ from ml_collections import ConfigDict
 
 from nabla_jax.errors import UserError
 
-PREVIEW = "make demo  (or python -m nabla_jax.train --config configs/omk_fill.py:toy after make demo made its data)"
+PREVIEW = (
+    "make demo  (or python -m nabla_jax.train --config configs/omk_fill.py:toy after make demo made its data)"
+)
 
 KONTEXT = (
     "accept the licence at https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev, then run "
@@ -12,8 +14,8 @@ KONTEXT = (
 )
 
 NABIRDS = (
-    "request NABirds at https://dl.allaboutbirds.org/nabirds, unpack it so that data/nabirds/images.txt exists, and put "
-    "a mask of every bird at data/nabirds/masks/CLASS/IMAGE.png"
+    "request NABirds at https://dl.allaboutbirds.org/nabirds, unpack it so that data/nabirds/images.txt "
+    "exists, and put a mask of every bird at data/nabirds/masks/CLASS/IMAGE.png"
 )
 
 
@@ -85,7 +87,9 @@ def toy(config: ConfigDict) -> ConfigDict:
     config.data.root = "data/toybirds/nabirds"
     config.data.prepared = "prepared/toybirds-kontext-96"
     config.data.obtain = "python -m nabla_jax.toybirds --out data/toybirds"
-    config.benchmarks = ConfigDict({"toy-nabla": "data/toybirds/nabirds", "toy-inat-unseen": "data/toybirds/inat/unseen"})
+    config.benchmarks = ConfigDict(
+        {"toy-nabla": "data/toybirds/nabirds", "toy-inat-unseen": "data/toybirds/inat/unseen"}
+    )
     config.conditioning.size = 96
     config.conditioning.text_length = 16
     config.lora.rank = 8

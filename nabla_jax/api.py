@@ -1,7 +1,7 @@
-"""Re-posing from Python: ``nabla_jax.load(base, adapter).repose(subject, target, subject_mask, target_mask)``.
+"""Re-posing from Python: ``nabla_jax.load(…).repose(subject, target, subject_mask, target_mask)``.
 
-``generate``, the samples drawn during training and notebooks all come through here. Pictures are uint8 RGB of any
-size, masks bool or grey pictures of the size of their picture.
+``generate``, the samples drawn during training and notebooks all come through here. Pictures are uint8 RGB
+of any size, masks bool or grey pictures of the size of their picture.
 """
 
 import dataclasses
@@ -110,13 +110,19 @@ class Reposer:
         self, seed: int | None = None, steps: int | None = None, guidance: float | None = None
     ) -> Sample:
         """The configured settings with those that are given replaced."""
-        given = {"seed": seed, "steps": steps, "guidance": guidance}
-        return dataclasses.replace(self.defaults, **{k: v for k, v in given.items() if v is not None})
+        default = self.defaults
+        return dataclasses.replace(
+            default,
+            seed=default.seed if seed is None else seed,
+            steps=default.steps if steps is None else steps,
+            guidance=default.guidance if guidance is None else guidance,
+        )
 
     def repose_batch(self, jobs: Sequence[Job], sample: Sample) -> list[tuple[Array, Placement]]:
         """One picture per job at its target's size, and how its target lay on the canvas.
 
-        Runs one compiled program for batches of ``sample.batch``: shorter lists are padded by repeating the last job.
+        Runs one compiled program for batches of ``sample.batch``: shorter lists are padded by repeating the
+        last job.
         """
         if not 0 < len(jobs) <= sample.batch:
             raise ValueError(f"{len(jobs)} jobs, expected 1 to {sample.batch}")
@@ -141,7 +147,7 @@ class Reposer:
         return [(c[2].invert(image), c[2]) for image, c in zip(images, canvases, strict=False)]
 
     def draw(self, batch: reposing.Batch, sample: Sample) -> Array:
-        """Square pictures [B, size, size, 3] uint8 from the moments of their conditions (see ``reposing.sample``)."""
+        """Square pictures [B, size, size, 3] uint8; for ``batch`` see ``reposing.sample``."""
         height, width = np.shape(batch["subject"])[-2:]
         levels = flow.sigmas(self.schedule, sample.steps, height * width // flow.path.PATCH**2)
         with jax.set_mesh(self.mesh):
@@ -156,7 +162,7 @@ class Reposer:
             return to_pixels(self.decode(self.vae.params, latents))
 
     def reconstruct(self, images: Sequence[Array], batch: int) -> list[Array]:
-        """Pictures of any size through placement, autoencoder (its mean) and back: what no model here can beat."""
+        """Pictures of any size through placement, autoencoder (its mean) and back: an upper bound."""
         canvases = [controls.target_canvas(image, self.conditioning.size) for image in images]
         pixels = [c.pixels for c in canvases] + [canvases[-1].pixels] * (batch - len(canvases))
         moments = self._moments(pixels)
@@ -181,9 +187,10 @@ def load(
 
     Args:
       base: diffusers-layout folder or ``asset:NAME``.
-      adapter: a safetensors file, a training run's folder (its newest adapter), ``asset:NAME``, or None for the bare
-        base.
-      conditioning: how conditions are made; default from the adapter's metadata. What the two disagree on is an error.
+      adapter: a safetensors file, a training run's folder (its newest adapter), ``asset:NAME``, or None for
+        the bare base.
+      conditioning: how conditions are made; default from the adapter's metadata. What the two disagree on
+        is an error.
       sample: default settings of sampling; otherwise from the adapter's metadata.
       dtype: float32 or bfloat16; default bfloat16 on accelerators and float32 on CPU.
 
@@ -210,7 +217,9 @@ def load(
         adapters = {adapter_path.stem: jax.device_put(loaded, sharding)}
     vae = pipeline.load_vae(folder, sharding=sharding)
     embeds, pooled = encode_prompts(folder, [conditioning.prompt], conditioning.text_length)
-    method = make_method(transformer, vae.config, conditioning, adapter_path.stem if adapter_path else None, dtype)
+    method = make_method(
+        transformer, vae.config, conditioning, adapter_path.stem if adapter_path else None, dtype
+    )
     return Reposer(
         conditioning=conditioning,
         defaults=sample,
@@ -272,13 +281,14 @@ def to_pixels(images: jax.Array) -> Array:
     return np.moveaxis(np.clip(np.rint(grey), 0, 255).astype(np.uint8), 1, -1)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Adapters: finding and checking
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 def find_adapter(path: str | os.PathLike[str]) -> Path:
-    """The safetensors file meant by a file, a training run's folder, a folder holding one file, or ``asset:NAME``.
+    """The safetensors file meant by a file, a training run's folder, a folder holding one file, or
+    ``asset:NAME``.
 
     Raises UserError when there is none or more than one.
     """
@@ -286,7 +296,9 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
     if found.is_file():
         return found
     if not found.is_dir():
-        raise UserError(f"adapter: found nothing at {found}, expected a safetensors file or a training run's folder")
+        raise UserError(
+            f"adapter: found nothing at {found}, expected a safetensors file or a training run's folder"
+        )
     run = runs.RunFolder(found)
     step = run.last_step()
     folder = found if step is None else run.last.parent / f"step_{step}"
@@ -304,7 +316,7 @@ def check_adapter(
     base_sha256: str,
     conditioning: Conditioning | None,
 ) -> None:
-    """Raises UserError if the adapter was trained on another base or under other conditions than asked for."""
+    """Raises UserError if the adapter was trained on another base or under other conditions."""
     if metadata.base_sha256 and metadata.base_sha256 != base_sha256:
         raise UserError(
             f"{path}: adapter for another base: trained on {metadata.base or 'unnamed'} (transformer sha256 "
@@ -323,7 +335,9 @@ def check_adapter(
 def _conditioning(metadata: adapter_files.AdapterMetadata | None, path: Path | None) -> Conditioning:
     if metadata is None or not metadata.size:
         what = "no adapter is given" if path is None else f"{path} has no metadata"
-        raise UserError(f"conditioning: {what}, so size and prompt are unknown; give conditioning=Conditioning(size=...)")
+        raise UserError(
+            f"conditioning: {what}, so size and prompt are unknown; give conditioning=Conditioning(size=...)"
+        )
     return Conditioning(
         size=metadata.size,
         control=metadata.control,
@@ -340,9 +354,9 @@ def _sample(metadata: adapter_files.AdapterMetadata | None) -> Sample:
     return Sample(steps=metadata.sample_steps, guidance=metadata.sample_guidance)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Pictures
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 def _pixels(picture: Picture, what: str) -> Array:
@@ -351,7 +365,9 @@ def _pixels(picture: Picture, what: str) -> Array:
     if isinstance(picture, Image.Image):
         return np.asarray(picture.convert("RGB"))
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
-        raise UserError(f"{what}: found {picture.dtype} of shape {picture.shape}, expected uint8 [height, width, 3]")
+        raise UserError(
+            f"{what}: found {picture.dtype} of shape {picture.shape}, expected uint8 [height, width, 3]"
+        )
     return picture
 
 
@@ -362,7 +378,9 @@ def _mask(mask: Picture, picture: Array, what: str) -> Array:
     pixels = np.asarray(mask.convert("L")) if isinstance(mask, Image.Image) else mask
     pixels = pixels if pixels.dtype == bool else pixels > 127
     if pixels.shape != (height, width):
-        raise UserError(f"{what}: found shape {pixels.shape}, expected ({height}, {width}), the size of its picture")
+        raise UserError(
+            f"{what}: found shape {pixels.shape}, expected ({height}, {width}), the size of its picture"
+        )
     if not pixels.any():
         raise UserError(f"{what}: the mask is empty, expected foreground pixels")
     return pixels

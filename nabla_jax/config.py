@@ -1,9 +1,10 @@
 """Configuration: a Python file with ``get_config(arg)``, typed overrides, and frozen dataclasses.
 
-``load("configs/omk_fill.py:small,steps=200", {"optim.lr": "0.5"})`` runs the file's ``get_config("small")``, applies
-``steps=200`` and then ``optim.lr=0.5``, and returns a ``Config``. A key without a field, a missing key and a value
-of the wrong type are errors that name the key, what was found and what was expected. Nothing here imports jax, so
-that everything a user can get wrong is said before a framework is loaded.
+``load("configs/omk_fill.py:small,steps=200", {"optim.lr": "0.5"})`` runs the file's
+``get_config("small")``, applies ``steps=200`` and then ``optim.lr=0.5``, and returns a ``Config``. A key
+without a field, a missing key and a value of the wrong type are errors that name the key, what was found
+and what was expected. Nothing here imports jax, so that everything a user can get wrong is said before a
+framework is loaded.
 """
 
 import argparse
@@ -158,8 +159,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def load(spec: str, overrides: Mapping[str, str] | Sequence[tuple[str, str]] = ()) -> Config:
     """Reads ``FILE[:arg]`` and applies ``overrides`` (dotted key -> text) last.
 
-    ``arg`` is a comma-separated list of the sizes that the file's ``get_config`` knows and of ``key=value`` overrides;
-    a key without a dot is a field of ``train``, or else the only field of that name.
+    ``arg`` is a comma-separated list of the sizes that the file's ``get_config`` knows and of ``key=value``
+    overrides; a key without a dot is a field of ``train``, or else the only field of that name.
 
     Raises UserError for a missing file, a file without ``get_config``, and every mistake in a key or value.
     """
@@ -167,7 +168,9 @@ def load(spec: str, overrides: Mapping[str, str] | Sequence[tuple[str, str]] = (
     items = [item.strip() for item in arg.split(",") if item.strip()]
     sizes = [item for item in items if "=" not in item]
     values = _plain(_run(Path(file), ",".join(sizes)))
-    pairs = [(_full_key(key, spec), text) for key, text in (item.split("=", 1) for item in items if "=" in item)]
+    pairs = [
+        (_full_key(key, spec), text) for key, text in (item.split("=", 1) for item in items if "=" in item)
+    ]
     pairs += list(overrides.items()) if isinstance(overrides, Mapping) else list(overrides)
     for key, text in pairs:
         _override(values, key, text, spec)
@@ -176,7 +179,9 @@ def load(spec: str, overrides: Mapping[str, str] | Sequence[tuple[str, str]] = (
 
 
 def parse_command(
-    argv: Sequence[str], description: str, add_arguments: Callable[[argparse.ArgumentParser], None] | None = None
+    argv: Sequence[str],
+    description: str,
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> tuple[Config, argparse.Namespace]:
     """The command line all verbs share: ``--config FILE[:arg]`` and any number of ``--config.a.b=value``.
 
@@ -187,7 +192,9 @@ def parse_command(
         epilog="Anything in the configuration can be set with --config.SECTION.KEY=VALUE.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, metavar="FILE[:arg]", help="for example configs/omk_fill.py")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE[:arg]", help="for example configs/omk_fill.py"
+    )
     if add_arguments is not None:
         add_arguments(parser)
     own, overrides = _take_overrides(argv)
@@ -252,7 +259,9 @@ def _sections() -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _known_keys() -> list[str]:
     keys = [f"{section}.{field}" for section, fields in _sections() for field in fields]
-    return keys + [n for n, kind in typing.get_type_hints(Config).items() if not dataclasses.is_dataclass(kind)]
+    return keys + [
+        n for n, kind in typing.get_type_hints(Config).items() if not dataclasses.is_dataclass(kind)
+    ]
 
 
 def _closest(key: str, known: Sequence[str]) -> str:
@@ -325,7 +334,9 @@ def _build(kind: type, values: Any, prefix: str, where: str) -> Any:
     hints = typing.get_type_hints(kind)
     for key in values:
         if key not in hints:
-            raise UserError(f"{where}: unknown key {prefix}{key}; {_closest(f'{prefix}{key}', _known_keys())}")
+            raise UserError(
+                f"{where}: unknown key {prefix}{key}; {_closest(f'{prefix}{key}', _known_keys())}"
+            )
     built = {}
     for field in dataclasses.fields(kind):
         full = prefix + field.name
@@ -376,8 +387,8 @@ def _check_ranges(config: Config, where: str) -> None:
         if flat[key] not in choices:
             raise UserError(f"{where}: {key}: found {flat[key]!r}, expected one of {', '.join(choices)}")
     positive = (
-        "conditioning.size conditioning.text_length lora.rank lora.alpha optim.lr optim.d0 optim.clip train.steps "
-        "train.batch train.log_every train.save_every sample.steps sample.batch"
+        "conditioning.size conditioning.text_length lora.rank lora.alpha optim.lr optim.d0 optim.clip "
+        "train.steps train.batch train.log_every train.save_every sample.steps sample.batch"
     )
     for key in positive.split():
         if not flat[key] > 0:
@@ -386,7 +397,9 @@ def _check_ranges(config: Config, where: str) -> None:
         if not flat[key] >= 0:
             raise UserError(f"{where}: {key}: found {flat[key]!r}, expected 0 or more")
     if not all(0 <= beta < 1 for beta in config.optim.betas):
-        raise UserError(f"{where}: optim.betas: found {config.optim.betas!r}, expected two numbers from 0 to below 1")
+        raise UserError(
+            f"{where}: optim.betas: found {config.optim.betas!r}, expected two numbers from 0 to below 1"
+        )
     if config.conditioning.size % 16:
         raise UserError(
             f"{where}: conditioning.size: found {config.conditioning.size}, expected a multiple of 16 "
@@ -394,9 +407,9 @@ def _check_ranges(config: Config, where: str) -> None:
         )
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Checks of what the configuration names, before anything expensive
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 def check_inputs(config: Config, verb: Verb, benchmarks: Sequence[str] | None = None) -> None:
@@ -443,7 +456,9 @@ def _base_problem(config: Config) -> list[str]:
         return []
     found = "a folder without model_index.json" if folder.is_dir() else "nothing"
     obtain = f": {config.base.obtain}" if config.base.obtain else ""
-    return [f"the base model (base.path: found {found} at {folder}, expected a diffusers-layout folder){obtain}"]
+    return [
+        f"the base model (base.path: found {found} at {folder}, expected a diffusers-layout folder){obtain}"
+    ]
 
 
 def _data_problem(config: Config) -> list[str]:
@@ -464,5 +479,7 @@ def _benchmark_problems(config: Config, names: Sequence[str] | None) -> list[str
         root = Path(config.benchmarks[name])
         if not root.is_dir():
             obtain = f": {config.data.obtain}" if config.data.obtain else ""
-            problems.append(f"the benchmark {name} (found nothing at {root}, expected a dataset folder){obtain}")
+            problems.append(
+                f"the benchmark {name} (found nothing at {root}, expected a dataset folder){obtain}"
+            )
     return problems

@@ -1,7 +1,8 @@
 """Random draws that depend on what they are for, never on batch size, order or number of devices.
 
-Every draw comes from the run's seed folded with the number of a sample (its position in the training stream, or a
-hash of a pair's key, which names the pair and its direction) and with one of the purposes below.
+Every draw comes from the run's seed folded with the number of a sample (its position in the training
+stream, or a hash of a pair's key, which names the pair and its direction) and with one of the purposes
+below.
 """
 
 import hashlib

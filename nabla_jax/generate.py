@@ -4,9 +4,9 @@
     python -m nabla_jax.generate --config configs/omk_fill.py --adapter runs/omk_fill --subject a.jpg
         --subject_mask a_mask.png --target b.jpg --target_mask b_mask.png --out c.png
 
-A benchmark's pictures go to ``OUT/BENCHMARK/right`` and, with a subject of another species, ``OUT/BENCHMARK/shuffled``:
-``PAIR.png`` at the target's size and one row of ``manifest.jsonl`` each. The same command makes what is missing. A
-picture depends on (seed, pair) and not on the batch it is made in.
+A benchmark's pictures go to ``OUT/BENCHMARK/right`` and, with a subject of another species,
+``OUT/BENCHMARK/shuffled``: ``PAIR.png`` at the target's size and one row of ``manifest.jsonl`` each. The
+same command makes what is missing. A picture depends on (seed, pair) and not on the batch it is made in.
 """
 
 import argparse
@@ -39,7 +39,9 @@ def main(argv: Sequence[str]) -> None:
     one = [name for name in _ONE if getattr(arguments, name) is not None]
     if one and len(one) < len(_ONE):
         missing = ", ".join(f"--{name}" for name in _ONE if name not in one)
-        raise UserError(f"one picture needs --subject, --subject_mask, --target and --target_mask; missing {missing}")
+        raise UserError(
+            f"one picture needs --subject, --subject_mask, --target and --target_mask; missing {missing}"
+        )
     configs.check_inputs(config, "generate", [] if one else _benchmarks(config, arguments))
     if one:
         _make_one(config, arguments)
@@ -49,12 +51,18 @@ def main(argv: Sequence[str]) -> None:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--adapter", default="none", help="safetensors file, training run, asset:NAME, or none for the bare base")
+    add(
+        "--adapter",
+        default="none",
+        help="safetensors file, training run, asset:NAME, or none for the bare base",
+    )
     add("--out", required=True, type=Path, help="folder for benchmarks, or the file of one picture")
     add("--benchmark", action="append", default=[], metavar="NAME", help="only this one; repeatable")
     add("--subjects", default=",".join(KINDS), help="right, shuffled or both (right,shuffled)")
     add("--limit", type=int, help="only the first N pairs of each benchmark")
-    add("--reference", choices=(CEILING,), help="instead of a model: the right answer through the autoencoder")
+    add(
+        "--reference", choices=(CEILING,), help="instead of a model: the right answer through the autoencoder"
+    )
     add("--subject", type=Path, help="one picture: whose bird")
     add("--subject_mask", type=Path)
     add("--target", type=Path, help="one picture: in which pose and place")
@@ -94,9 +102,9 @@ def _make_one(config: configs.Config, arguments: argparse.Namespace) -> None:
     print(arguments.out)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Benchmarks
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +138,11 @@ def _make_benchmarks(config: configs.Config, arguments: argparse.Namespace) -> N
         reposer = _load(config, "none" if arguments.reference else arguments.adapter)
         settings = _settings(config, reposer, arguments)
         for work in works:
-            maker = _ceiling_maker(reposer, work, config) if arguments.reference else _maker(reposer, work, config)
+            maker = (
+                _ceiling_maker(reposer, work, config)
+                if arguments.reference
+                else _maker(reposer, work, config)
+            )
             make(work, settings, config.sample.batch, maker)
 
 
@@ -157,7 +169,9 @@ def read_works(
             yield Work(name, kind, out / name / kind, dataset, pairs, subjects)
 
 
-def _settings(config: configs.Config, reposer: "api.Reposer", arguments: argparse.Namespace) -> dict[str, Any]:
+def _settings(
+    config: configs.Config, reposer: "api.Reposer", arguments: argparse.Namespace
+) -> dict[str, Any]:
     """The fields of a manifest row that every picture of a set shares."""
     return {
         "seed": config.sample.seed,
@@ -169,11 +183,13 @@ def _settings(config: configs.Config, reposer: "api.Reposer", arguments: argpars
     }
 
 
-def make(work: Work, settings: dict[str, Any], batch: int, maker: Callable[[Sequence["Pair"]], list[Made]]) -> None:
+def make(
+    work: Work, settings: dict[str, Any], batch: int, maker: Callable[[Sequence["Pair"]], list[Made]]
+) -> None:
     """Makes the missing pictures of ``work``, each written whole before its row.
 
-    Pairs are cut into the same batches whatever is missing, so a continued run repeats the very computation of an
-    uninterrupted one.
+    Pairs are cut into the same batches whatever is missing, so a continued run repeats the very computation
+    of an uninterrupted one.
 
     Raises UserError when the folder holds pictures made with other settings.
     """
@@ -216,15 +232,21 @@ def _check_settings(work: Work, settings: dict[str, Any], rows: Sequence[dict[st
     # The adapter's path may change (a moved run); its content may not.
     fixed = [key for key in settings if key != "adapter" or settings["adapter_sha256"] is None]
     for row in rows:
-        differing = [f"{key}: {row.get(key)!r} there, {settings[key]!r} here" for key in fixed if row.get(key) != settings[key]]
+        differing = [
+            f"{key}: {row.get(key)!r} there, {settings[key]!r} here"
+            for key in fixed
+            if row.get(key) != settings[key]
+        ]
         if differing:
             raise UserError(
-                f"{work.folder}: its pictures were made with other settings ({'; '.join(differing)}); choose another "
-                "--out or delete it"
+                f"{work.folder}: its pictures were made with other settings ({'; '.join(differing)}); choose "
+                "another --out or delete it"
             )
 
 
-def _maker(reposer: "api.Reposer", work: Work, config: configs.Config) -> Callable[[Sequence["Pair"]], list[Made]]:
+def _maker(
+    reposer: "api.Reposer", work: Work, config: configs.Config
+) -> Callable[[Sequence["Pair"]], list[Made]]:
     from nabla_jax import api
     from nabla_jax.data import controls
 
@@ -235,7 +257,8 @@ def _maker(reposer: "api.Reposer", work: Work, config: configs.Config) -> Callab
 
     def make(pairs: Sequence["Pair"]) -> list[Made]:
         jobs = [
-            api.Job(f"{work.name}/{pair.key}", *read(work.subjects[pair.key]), *read(pair.target_id)) for pair in pairs
+            api.Job(f"{work.name}/{pair.key}", *read(work.subjects[pair.key]), *read(pair.target_id))
+            for pair in pairs
         ]
         return [(image, place.to_json()) for image, place in reposer.repose_batch(jobs, config.sample)]
 
@@ -250,12 +273,15 @@ def _ceiling_maker(
 
     oracle = open_oracle(work.dataset.root)
     if oracle is None:
-        raise UserError(f"--reference {CEILING}: {work.dataset.root} has no oracle.json, so no right answer is known")
+        raise UserError(
+            f"--reference {CEILING}: {work.dataset.root} has no oracle.json, so no right answer is known"
+        )
 
     def make(pairs: Sequence["Pair"]) -> list[Made]:
         answers = [oracle.right(work.subjects[pair.key], pair.target_id) for pair in pairs]
         results = reposer.reconstruct(answers, config.sample.batch)
-        places = [Placement.square(*a.shape[:2], config.conditioning.size).to_json() for a in answers]
+        size = config.conditioning.size
+        places = [Placement.square(a.shape[0], a.shape[1], size).to_json() for a in answers]
         return list(zip(results, places, strict=True))
 
     return make

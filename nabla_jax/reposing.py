@@ -1,7 +1,7 @@
-"""The method as pure functions: from VAE moments of subject and control to a training loss or to a new picture.
+"""The method as pure functions: from VAE moments of subject and control to a loss or to a new picture.
 
-Training, the samples drawn during training and generation all run these functions. Letters in shapes: B batch,
-C latent channels, h w latent height and width, N tokens (h/2 * w/2), T text tokens.
+Training, the samples drawn during training and generation all run these functions. Letters in shapes: B
+batch, C latent channels, h w latent height and width, N tokens (h/2 * w/2), T text tokens.
 """
 
 import dataclasses
@@ -90,14 +90,16 @@ def predict(
 def condition_tokens(
     method: Method, subject: jax.Array, control: jax.Array, seed: int | jax.Array, numbers: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws the latents of both conditions from their moments [B, 2C, h, w] and packs them, [B, N, 4C] each."""
+    """Draws the latents of both conditions from their moments [B, 2C, h, w], packed: [B, N, 4C] each."""
     return (
         _tokens(method, subject, seed, numbers, draws.SUBJECT_LATENT),
         _tokens(method, control, seed, numbers, draws.CONTROL_LATENT),
     )
 
 
-def _tokens(method: Method, moments: jax.Array, seed: int | jax.Array, numbers: jax.Array, purpose: int) -> jax.Array:
+def _tokens(
+    method: Method, moments: jax.Array, seed: int | jax.Array, numbers: jax.Array, purpose: int
+) -> jax.Array:
     shape = (moments.shape[1] // 2, *moments.shape[2:])
     eps = draws.normal(draws.keys(seed, numbers, purpose), shape)
     return flow.pack(sample_latents(moments.astype(jnp.float32), eps, method.vae))
@@ -109,8 +111,8 @@ def loss(
     """Mean squared error of the velocity at a random point of each sample's path; float32 scalar.
 
     Args:
-      batch: ``target``, ``subject``, ``control`` VAE moments [B, 2C, h, w]; ``prompt_embeds`` [B, T, E]; ``pooled``
-        [B, P]; ``sample`` [B], the numbers that every draw is folded with.
+      batch: ``target``, ``subject``, ``control`` VAE moments [B, 2C, h, w]; ``prompt_embeds`` [B, T, E];
+        ``pooled`` [B, P]; ``sample`` [B], the numbers that every draw is folded with.
       seed: of the run.
       guidance: scale on text and noise.
     """
@@ -139,7 +141,8 @@ def sample(
     """Draws the latents of a batch of pictures by Euler's method, as one scan.
 
     Args:
-      batch: ``subject``, ``control`` moments [B, 2C, h, w]; ``prompt_embeds``; ``pooled``; ``sample`` [B] numbers.
+      batch: ``subject``, ``control`` moments [B, 2C, h, w]; ``prompt_embeds``; ``pooled``; ``sample`` [B]
+        numbers.
       sigmas: [steps + 1] noise levels from 1 down to 0.
       guidance: float32 scalar or [B].
       seed: integer scalar; with the number of a picture it fixes the picture.

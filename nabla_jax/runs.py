@@ -1,4 +1,5 @@
-"""What every verb shares around its work: run folders, atomic files, locks, signals, progress bars, one-line errors.
+"""What every verb shares around its work: run folders, atomic files, locks, signals, progress bars,
+one-line errors.
 
 A run folder holds ``config.json`` (resolved), ``environment.json``, ``metrics.jsonl``, ``checkpoints/``,
 ``adapters/`` and ``samples/``. Nothing here imports jax.
@@ -26,16 +27,30 @@ from nabla_jax.errors import UserError
 
 T = TypeVar("T")
 
-# A run may be continued with other values of these: they do not change what the steps already made would have been.
+# A run may be continued with other values of these: they do not change what the steps already made would
+# have been.
 CONTINUABLE = frozenset(
-    "source preview base.obtain data.obtain train.workdir train.steps train.log_every train.save_every "
-    "train.sample_every sample.steps sample.guidance sample.seed sample.batch".split()
+    (
+        "source",
+        "preview",
+        "base.obtain",
+        "data.obtain",
+        "train.workdir",
+        "train.steps",
+        "train.log_every",
+        "train.save_every",
+        "train.sample_every",
+        "sample.steps",
+        "sample.guidance",
+        "sample.seed",
+        "sample.batch",
+    )
 )
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Commands
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 class Interrupted(Exception):
@@ -47,7 +62,7 @@ class Interrupted(Exception):
 
 
 def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
-    """Runs a verb and leaves the process: 0 done, 2 a user's mistake (one line), 128 + n stopped by signal n."""
+    """Runs a verb; exit status 2 for a user's mistake (one line), 128 + n when stopped by signal n."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         main(argv)
@@ -58,7 +73,8 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
     except KeyboardInterrupt:
         _fail("interrupted; the same command continues", 128 + signal.SIGINT)
     except OSError as error:
-        # Files that cannot be written are the user's to mend; any other OSError is a bug and keeps its traceback.
+        # Files that cannot be written are the user's to mend; any other OSError is a bug and keeps its
+        # traceback.
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EPERM, errno.EDQUOT):
             raise
         _fail(f"{error.filename or 'output'}: cannot be written: {error.strerror}", 2)
@@ -96,22 +112,26 @@ class StopSignals:
 
 
 def progress(total: int, what: str, *, done: int = 0, unit: str = "it") -> Any:
-    """A progress bar with rate and time left, on stderr; ``update(n)`` advances it. Use as a context manager."""
+    """A progress bar with rate and time left on stderr, as a context manager; ``update(n)`` advances it."""
     from tqdm import tqdm
 
-    return tqdm(total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, mininterval=0.5, smoothing=0.1)
+    return tqdm(
+        total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, mininterval=0.5, smoothing=0.1
+    )
 
 
 def track(items: Iterable[T], what: str, *, total: int | None = None, unit: str = "it") -> Iterator[T]:
     """Yields ``items`` under a progress bar."""
     from tqdm import tqdm
 
-    yield from tqdm(items, total=total, desc=what, unit=unit, dynamic_ncols=True, mininterval=0.5, smoothing=0.1)
+    yield from tqdm(
+        items, total=total, desc=what, unit=unit, dynamic_ncols=True, mininterval=0.5, smoothing=0.1
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Files
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -221,9 +241,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Run folders
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,22 +254,27 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
+        """The resolved configuration."""
         return self.path / "config.json"
 
     @property
     def environment(self) -> Path:
+        """A list of starts: versions, devices, command."""
         return self.path / "environment.json"
 
     @property
     def metrics(self) -> Path:
+        """One line per logged step."""
         return self.path / "metrics.jsonl"
 
     @property
     def checkpoints(self) -> Path:
+        """Orbax checkpoints by step."""
         return self.path / "checkpoints"
 
     @property
     def samples(self) -> Path:
+        """Sheets drawn during training."""
         return self.path / "samples"
 
     def adapter(self, step: int, name: str) -> Path:
@@ -279,8 +304,8 @@ class RunFolder:
 def open_run(config: configs.Config) -> Iterator[RunFolder]:
     """Makes or continues the run folder ``train.workdir`` and holds its lock.
 
-    Raises UserError if another process works in it, if it was made with another configuration (naming the keys that
-    differ), or if it cannot be written.
+    Raises UserError if another process works in it, if it was made with another configuration (naming the
+    keys that differ), or if it cannot be written.
     """
     folder = RunFolder(Path(config.train.workdir))
     with writing(folder.path):
@@ -330,7 +355,17 @@ def write_environment(path: Path, extra: Mapping[str, Any] | None = None) -> Non
 
 def environment() -> dict[str, Any]:
     """What is needed to explain a result later."""
-    packages = ("nabla_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "safetensors")
+    packages = (
+        "nabla_jax",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "grain",
+        "numpy",
+        "safetensors",
+    )
     versions = {}
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -348,7 +383,9 @@ def environment() -> dict[str, Any]:
 def _git_commit() -> str | None:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5, check=False)
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None

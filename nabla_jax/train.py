@@ -1,9 +1,10 @@
 """Trains an adapter: ``python -m nabla_jax.train --config configs/omk_fill.py``.
 
-Reads from top to bottom: configuration, checks, mesh, frozen base, abstract state, input, restore or initialise,
-compiled step, loop. The run folder ``train.workdir`` gets ``config.json``, ``environment.json``, ``metrics.jsonl``,
-``checkpoints/``, ``adapters/step_N/NAME.safetensors`` with ``adapters/last``, and ``samples/``. SIGINT and SIGTERM
-save and stop; the same command continues, bit for bit as if it had never stopped. A finished run is left alone.
+Reads from top to bottom: configuration, checks, mesh, frozen base, abstract state, input, restore or
+initialise, compiled step, loop. The run folder ``train.workdir`` gets ``config.json``,
+``environment.json``, ``metrics.jsonl``, ``checkpoints/``, ``adapters/step_N/NAME.safetensors`` with
+``adapters/last``, and ``samples/``. SIGINT and SIGTERM save and stop; the same command continues, bit for
+bit as if it had never stopped. A finished run is left alone.
 """
 
 from collections.abc import Sequence
@@ -19,13 +20,17 @@ def main(argv: Sequence[str]) -> None:
     with runs.open_run(config) as folder:
         if not is_finished(config, folder):
             train(config, folder)
-        print(f"{folder.path}: trained for {folder.last_step()} steps, adapter {folder.last_adapter(config.lora.name)}")
+        print(
+            f"{folder.path}: trained for {folder.last_step()} steps: {folder.last_adapter(config.lora.name)}"
+        )
 
 
 def is_finished(config: configs.Config, folder: runs.RunFolder) -> bool:
     """Whether the adapter of the last step, or of a later one, is there."""
     step = folder.last_step()
-    return step is not None and step >= config.train.steps and folder.adapter(step, config.lora.name).is_file()
+    return (
+        step is not None and step >= config.train.steps and folder.adapter(step, config.lora.name).is_file()
+    )
 
 
 def train(config: configs.Config, folder: runs.RunFolder) -> None:
@@ -46,7 +51,7 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
 
     settings, name = config.train, config.lora.name
 
-    # ------------------------------------------------------------------------------------------------- mesh, checks
+    # ----------------------------------------------------------------------------------------- mesh, checks
     mesh = meshes.data_mesh()
     everywhere = meshes.replicated(mesh)
     meshes.check_batch(settings.batch, mesh, "train.batch")
@@ -55,27 +60,29 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
     training.check_prepared(config)
     base_sha256 = pipeline.folder_hash(base_path / "transformer")
 
-    # -------------------------------------------------------------------------------------------------- frozen base
+    # ------------------------------------------------------------------------------------------ frozen base
     print(f"{folder.path}: loading {base_path}", flush=True)
     method, base = training.load_method(config, everywhere)
 
-    # ----------------------------------------------------------------------------------------------- abstract state
+    # --------------------------------------------------------------------------------------- abstract state
     optimizer = optim.make(config.optim)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base)
 
     def initial_state() -> training.State:
         key = draws.key(settings.seed, draws.ADAPTER_INIT)
-        fresh = lora.initialize(key, shapes, rank=config.lora.rank, alpha=config.lora.alpha, stacked=flux.STACKED)
+        fresh = lora.initialize(
+            key, shapes, rank=config.lora.rank, alpha=config.lora.alpha, stacked=flux.STACKED
+        )
         adapters = {name: fresh.params}
         return {"adapters": adapters, "optimizer": optimizer.init(adapters), "step": jnp.zeros((), jnp.int32)}
 
     abstract = jax.eval_shape(initial_state)
 
-    # ------------------------------------------------------------------------------------------------------- input
+    # ------------------------------------------------------------------------------------------------ input
     loader = make_loader(config.data.prepared, settings.sampler, settings.batch, settings.seed)
 
     with RunState(folder.checkpoints) as saved, runs.StopSignals() as stop, jax.set_mesh(mesh):
-        # ------------------------------------------------------------------------------------ restore or initialise
+        # ---------------------------------------------------------------------------- restore or initialise
         start = saved.latest() or 0
         if start:
             state, position = saved.restore(start, abstract, everywhere)
@@ -87,10 +94,11 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
         metrics.keep(lambda row: row["step"] <= start)
         sheet = training.SampleSheet(config, method, folder.samples, mesh)
 
-        # ------------------------------------------------------------------------------------------- compiled step
+        # ------------------------------------------------------------------------------------ compiled step
         train_step = training.make_step(method, optimizer, config)
         clock = training.StepClock()
-        # The values of the newest step: read only once the following step runs, so that the device never waits.
+        # The values of the newest step: read only once the following step runs, so that the device never
+        # waits.
         pending: tuple[int, training.Values, dict[str, float]] | None = None
 
         def write_pending() -> None:
@@ -109,7 +117,7 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
             saved.save(step, state, {"loader": loader.get_state()})
             training.export(config, folder, state["adapters"][name], step, base_sha256)
 
-        # -------------------------------------------------------------------------------------------------- loop
+        # --------------------------------------------------------------------------------------------- loop
         with runs.progress(settings.steps, "train", done=start, unit="step") as bar:
             for step in range(start + 1, settings.steps + 1):
                 batch = training.device_batch(next(loader), mesh)
@@ -122,7 +130,9 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
                 if stop.signum is not None and not last:
                     save(step)
                     raise runs.Interrupted(
-                        stop.signum, f"{folder.path}: saved after step {step} of {settings.steps}; the same command continues"
+                        stop.signum,
+                        f"{folder.path}: saved after step {step} of {settings.steps}; "
+                        "the same command continues",
                     )
                 if last or step % settings.save_every == 0:
                     save(step)

@@ -1,6 +1,8 @@
-"""The parts of training that ``train`` puts in order: loading, the compiled step, rows of metrics, exports, samples."""
+"""The parts that ``train`` puts in order: loading, the compiled step, metrics, exports, samples."""
 
 import dataclasses
+import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,10 +19,13 @@ from nabla_jax.checkpoints import adapters as adapter_files
 from nabla_jax.checkpoints import pipeline
 from nabla_jax.config import Config, resolve_base
 from nabla_jax.data import loader as loaders
+from nabla_jax.errors import UserError
 from nabla_jax.images import write_image
 from nabla_jax.models import flux, layers
+from nabla_jax.models.autoencoder import AutoencoderKLConfig
 from nabla_jax.models.lora import Adapter
 from nabla_jax.parallel import mesh as meshes
+from nabla_jax.prepare import captions_of, hash_folder
 
 State = dict[str, Any]
 Values = dict[str, jax.Array]
@@ -35,11 +40,42 @@ def load_method(config: Config, sharding: NamedSharding) -> tuple[reposing.Metho
     """
     folder = resolve_base(config)
     transformer = pipeline.load_transformer(folder, dtype=jnp.dtype(config.train.dtype), sharding=sharding)
-    vae_config = pipeline.vae_config(folder)
+    vae_config = AutoencoderKLConfig.from_json(folder / "vae" / "config.json")
     method = api.make_method(
         transformer, vae_config, config.conditioning, config.lora.name, config.train.dtype, _remat(config)
     )
     return method, transformer.params
+
+
+def check_prepared(config: Config) -> None:
+    """Checks that ``data.prepared`` is whole and was made for this configuration and base.
+
+    Raises UserError naming what differs.
+    """
+    folder = Path(config.data.prepared)
+    prepared = loaders.open_prepared(folder)
+    made = prepared.manifest["settings"]
+    base = resolve_base(config)
+    vae = AutoencoderKLConfig.from_json(base / "vae" / "config.json")
+    side = config.conditioning.size // vae.factor
+    pairs = [
+        (f"conditioning.{k}", v, getattr(config.conditioning, k)) for k, v in made["conditioning"].items()
+    ]
+    pairs.append(("data.split", made["split"], config.data.split))
+    pairs.append(("moments", prepared.manifest["moments"], [2 * vae.latent_channels, side, side]))
+    captions, _ = captions_of(config, [])
+    captions_sha256 = hashlib.sha256(json.dumps(captions).encode()).hexdigest()
+    pairs.append(("conditioning.prompt", made["captions"][:12], captions_sha256[:12]))
+    pairs += [
+        (f"weights of {part}", sha[:12], hash_folder(base / part)[:12])
+        for part, sha in made["weights"].items()
+    ]
+    differing = [f"{what}: {there!r} there, {here!r} here" for what, there, here in pairs if there != here]
+    if differing:
+        raise UserError(
+            f"{folder}: was prepared with other settings ({'; '.join(differing)}); choose another "
+            f"data.prepared or run python -m nabla_jax.prepare --config {config.source} --overwrite"
+        )
 
 
 def _remat(config: Config) -> flux.Remat:
@@ -193,7 +229,9 @@ class SampleSheet:
         if self._reposer is None:
             sample = self._config.sample
             prepared = self._config.data.prepared
-            self._batch = dict(next(iter(loaders.make_loader(prepared, self._config.train.sampler, count, sample.seed))))
+            self._batch = dict(
+                next(iter(loaders.make_loader(prepared, self._config.train.sampler, count, sample.seed)))
+            )
             self._reposer = self._make_reposer(base)
         scale = initial_adapter_scale(self._config)
         adapters = {name: Adapter(tree, scale) for name, tree in trees.items()}
@@ -236,5 +274,3 @@ class SampleSheet:
             encode=api.make_encoder(vae),
             decode=api.make_decoder(vae),
         )
-
-

@@ -1,5 +1,6 @@
 """Files shipped with the package: the embedded toy checkpoints and adapters, named ``asset:NAME``."""
 
+import os
 from pathlib import Path
 
 from nabla_jax.errors import UserError
@@ -13,7 +14,7 @@ def names() -> list[str]:
     return sorted(p.name for p in _FOLDER.iterdir() if p.is_dir() and not p.name.startswith("_"))
 
 
-def resolve(path: str | Path) -> Path:
+def resolve(path: str | os.PathLike[str]) -> Path:
     """``asset:NAME`` to the folder inside the package; any other path unchanged.
 
     Raises UserError for a name that is not shipped.

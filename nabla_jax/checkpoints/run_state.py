@@ -1,4 +1,4 @@
-"""The state of a training run, saved so that a continued run equals an uninterrupted one bit for bit (Orbax)."""
+"""The state of a training run (Orbax): a continued run equals an uninterrupted one bit for bit."""
 
 from pathlib import Path
 from types import TracebackType
@@ -14,8 +14,8 @@ from nabla_jax.errors import UserError
 class RunState:
     """Asynchronous checkpoints of a tree of arrays and a JSON object (the loader's position), by step.
 
-    A checkpoint appears under its step only when it is complete, so a killed process leaves the previous one. Use as a
-    context manager, or call ``close``: it waits for the save in flight.
+    A checkpoint appears under its step only when it is complete, so a killed process leaves the previous
+    one. Use as a context manager, or call ``close``: it waits for the save in flight.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
@@ -48,8 +48,8 @@ class RunState:
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
-                f"{self._folder / str(step)}: cannot be restored ({first}); delete this folder to continue from the "
-                "checkpoint before it"
+                f"{self._folder / str(step)}: cannot be restored ({first}); delete this "
+                "folder to continue from the checkpoint before it"
             ) from error
         return restored["arrays"], restored["position"]
 
@@ -65,11 +65,15 @@ class RunState:
     def __enter__(self) -> "RunState":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
 
 
 def latest_step(folder: Path) -> int | None:
     """The newest complete step, from the folder's names alone (without Orbax or jax)."""
-    steps = [int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdigit()] if folder.is_dir() else []
+    steps = (
+        [int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdigit()] if folder.is_dir() else []
+    )
     return max(steps, default=None)
