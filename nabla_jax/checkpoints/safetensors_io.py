@@ -174,9 +174,9 @@ def save_tree(
 ) -> None:
     """Writes a parameter tree as one safetensors file under its published names; ``load_tree``'s inverse.
 
-    Leaves below a ``stacked`` prefix are written block by block; ``dtype`` converts floating leaves. The header
-    holds ``metadata`` and ``format: pt``, which transformers asks for. The file appears under its name when it
-    is complete, never before; host memory holds one leaf at a time.
+    Leaves below a ``stacked`` prefix are written block by block; ``dtype`` converts floating leaves. The
+    header holds ``metadata`` and ``format: pt``, which transformers asks for. The file appears under its name
+    when it is complete, never before; host memory holds one leaf at a time.
     """
     path = Path(path)
     leaves = flatten(params)

@@ -1,0 +1,309 @@
+"""Pipeline folders in the published layout.
+
+- ``model_index.json``: the pipeline's class and the class of each component
+- ``transformer/``, ``vae/``, ``text_encoder/`` (CLIP), ``text_encoder_2/`` (T5): config.json and safetensors, one
+  file or shards with an index
+- ``tokenizer/``, ``tokenizer_2/``, ``scheduler/``
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+from jax.typing import DTypeLike
+
+from nabla_jax.checkpoints.safetensors_io import Table, load_tree, read_header, save_tree
+from nabla_jax.errors import UserError
+from nabla_jax.models import clip, flux, layers, t5
+from nabla_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
+
+StrPath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Part:
+    """How one model of the folder is configured, built and named."""
+
+    config: Any
+    model: Callable[..., nnx.Module]
+    file: str
+    table: Table = ()
+    stacked: tuple[str, ...] = ()
+
+
+PARTS = {
+    "transformer": Part(
+        flux.FluxConfig, flux.Flux, "diffusion_pytorch_model.safetensors", stacked=flux.STACKED
+    ),
+    "vae": Part(AutoencoderKLConfig, AutoencoderKL, "diffusion_pytorch_model.safetensors"),
+    "text_encoder": Part(clip.CLIPTextConfig, clip.CLIPText, "model.safetensors", clip.TABLE),
+    "text_encoder_2": Part(t5.T5Config, t5.T5Encoder, "model.safetensors", t5.TABLE),
+}
+# Files that must be there beside the models; each entry lists alternatives.
+FILES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "tokenizer": (
+        ("tokenizer_config.json",),
+        ("vocab.json", "tokenizer.json"),
+        ("merges.txt", "tokenizer.json"),
+    ),
+    "tokenizer_2": (("tokenizer_config.json",), ("tokenizer.json",)),
+    "scheduler": (("scheduler_config.json",),),
+}
+# The library and class that open each component, as model_index.json names them.
+_LIBRARIES = {
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+PIPELINES = ("FluxPipeline", "FluxKontextPipeline", "FluxFillPipeline")
+# The published dev scheduler; schnell's has no shifting and shift 1.
+SCHEDULER: dict[str, Any] = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+}
+
+
+@dataclass(frozen=True)
+class Component:
+    """One model: its config, its static graph and its parameters (nested dict of arrays)."""
+
+    config: Any
+    graphdef: Any
+    params: layers.Params
+
+
+@dataclass(frozen=True)
+class TextEncoders:
+    """The CLIP encoder (``text_encoder``) and the T5 encoder (``text_encoder_2``)."""
+
+    clip: Component
+    t5: Component
+
+
+@dataclass(frozen=True)
+class Tokenizers:
+    """The tokenizers of CLIP (``tokenizer``) and T5 (``tokenizer_2``)."""
+
+    clip: Any
+    t5: Any
+
+
+def load_part(folder: StrPath, name: str, *, dtype: DTypeLike = "float32", sharding: Any = None) -> Component:
+    """Reads one model of a pipeline folder with parameters in ``dtype``.
+
+    ``sharding`` is a ``jax.sharding.Sharding``, a tree of them, or a function from the abstract parameters to
+    such a tree; each device then receives its own part only. Raises UserError naming what does not fit.
+    """
+    part = PARTS[name]
+    config = _config(folder, name)
+    graphdef, abstract = layers.abstract(lambda rngs: part.model(config, rngs=rngs, dtype=dtype))
+    if callable(sharding):
+        sharding = sharding(abstract)
+    path = Path(folder) / name
+    params = load_tree(path, abstract, part.table, stacked=part.stacked, sharding=sharding)
+    return Component(config, graphdef, params)
+
+
+def load_transformer(folder: StrPath, *, dtype: DTypeLike = "float32", sharding: Any = None) -> Component:
+    """The FLUX transformer of a pipeline folder; see ``load_part``."""
+    return load_part(folder, "transformer", dtype=dtype, sharding=sharding)
+
+
+def load_vae(folder: StrPath, *, dtype: DTypeLike = "float32", sharding: Any = None) -> Component:
+    """The autoencoder of a pipeline folder; see ``load_part``."""
+    return load_part(folder, "vae", dtype=dtype, sharding=sharding)
+
+
+def load_text_encoders(
+    folder: StrPath, *, dtype: DTypeLike = "float32", sharding: Any = None
+) -> TextEncoders:
+    """Both text encoders of a pipeline folder; see ``load_part``."""
+    return TextEncoders(
+        clip=load_part(folder, "text_encoder", dtype=dtype, sharding=sharding),
+        t5=load_part(folder, "text_encoder_2", dtype=dtype, sharding=sharding),
+    )
+
+
+def load_tokenizers(folder: StrPath) -> Tokenizers:
+    """Both tokenizers of a pipeline folder, from its files alone (no network, no torch)."""
+    problems = [p for name in ("tokenizer", "tokenizer_2") for p in _missing_files(Path(folder), name)]
+    if problems:
+        raise UserError(f"{folder}: {'; '.join(problems)}")
+    # Imported here: transformers takes a second, and only text needs it.
+    from transformers import CLIPTokenizer, T5Tokenizer
+
+    def read(kind: Any, name: str) -> Any:
+        try:
+            return kind.from_pretrained(str(Path(folder) / name), local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{Path(folder) / name}: the tokenizer cannot be read: {_line(error)}") from error
+
+    return Tokenizers(clip=read(CLIPTokenizer, "tokenizer"), t5=read(T5Tokenizer, "tokenizer_2"))
+
+
+def transformer_config(folder: StrPath) -> flux.FluxConfig:
+    """The transformer's config of a pipeline folder, without its weights."""
+    config: flux.FluxConfig = _config(folder, "transformer")
+    return config
+
+
+def vae_config(folder: StrPath) -> AutoencoderKLConfig:
+    """The autoencoder's config of a pipeline folder, without its weights."""
+    config: AutoencoderKLConfig = _config(folder, "vae")
+    return config
+
+
+def check_folder(folder: StrPath) -> None:
+    """Raises one UserError listing everything that is missing or does not fit, without reading weights.
+
+    Looked at are the index, all configs and whether the models' sizes agree with each other, the headers of
+    all weight files (a shard that is missing or cut short is found), and the files of tokenizers and scheduler.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder (expected a pipeline folder with model_index.json)")
+    problems = _index_problems(folder)
+    configs: dict[str, Any] = {}
+    for name in PARTS:
+        if not (folder / name).is_dir():
+            problems.append(f"{name}/ is missing")
+            continue
+        for check in (lambda n: configs.update({n: _config(folder, n)}), lambda n: read_header(folder / n)):
+            try:
+                check(name)
+            except UserError as error:
+                problems.append(str(error).removeprefix(f"{folder}/"))
+    for name in FILES:
+        problems += _missing_files(folder, name)
+    problems += _disagreements(configs)
+    if problems:
+        raise UserError(f"{folder}: not a complete pipeline folder: {'; '.join(problems)}")
+
+
+def folder_hash(folder: StrPath) -> str:
+    """SHA-256 (hex) of the weights of a pipeline folder or of one model's folder, read in pieces.
+
+    Covered are the names, sizes and contents (headers included) of the safetensors files that would be loaded.
+    """
+    folder = Path(folder)
+    parts = [folder / name for name in PARTS] if (folder / "model_index.json").is_file() else [folder]
+    total = hashlib.sha256()
+    for part in parts:
+        for file in read_header(part).files:
+            with file.open("rb") as stream:
+                content = hashlib.file_digest(stream, "sha256").hexdigest()
+            total.update(f"{part.name}/{file.name} {file.stat().st_size} {content}\n".encode())
+    return total.hexdigest()
+
+
+def save_part(
+    folder: StrPath, name: str, config: Any, params: layers.Params, *, dtype: DTypeLike | None = None
+) -> None:
+    """Writes one model (a name of ``PARTS``) with its config.json; the inverse of ``load_part``."""
+    part = PARTS[name]
+    path = Path(folder) / name
+    save_tree(params, path / part.file, dtype=dtype, stacked=part.stacked)
+    write_json(path / "config.json", config.to_json())
+
+
+def write_index(
+    folder: StrPath, pipeline: str = "FluxKontextPipeline", scheduler: Mapping[str, Any] | None = None
+) -> None:
+    """Writes ``model_index.json`` for a pipeline class and ``scheduler/scheduler_config.json``.
+
+    ``scheduler`` replaces keys of ``SCHEDULER``, e.g. ``{"use_dynamic_shifting": False, "shift": 1.0}``.
+    """
+    if pipeline not in PIPELINES:
+        raise ValueError(f"pipeline: found {pipeline!r}, expected one of {', '.join(PIPELINES)}")
+    components: dict[str, Any] = dict(_LIBRARIES)
+    if pipeline != "FluxFillPipeline":
+        components |= {"feature_extractor": [None, None], "image_encoder": [None, None]}
+    index = {"_class_name": pipeline, "_diffusers_version": "0.35.1", **components}
+    write_json(Path(folder) / "model_index.json", index)
+    write_json(Path(folder) / "scheduler" / "scheduler_config.json", SCHEDULER | dict(scheduler or {}))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes readable JSON, creating the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _config(folder: StrPath, name: str) -> Any:
+    return PARTS[name].config.from_json(_existing(Path(folder) / name / "config.json"))
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"{path}: file not found")
+    return path
+
+
+def _index_problems(folder: Path) -> list[str]:
+    path = folder / "model_index.json"
+    if not path.is_file():
+        return ["model_index.json is missing"]
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return [f"model_index.json: not valid JSON ({error})"]
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    if name not in PIPELINES:
+        return [f"model_index.json: _class_name: found {name!r}, expected one of {', '.join(PIPELINES)}"]
+    return []
+
+
+def _missing_files(folder: Path, name: str) -> list[str]:
+    if not (folder / name).is_dir():
+        return [f"{name}/ is missing"]
+    return [
+        f"{name}/{' or '.join(alternatives)} is missing"
+        for alternatives in FILES[name]
+        if not any((folder / name / file).is_file() for file in alternatives)
+    ]
+
+
+def _disagreements(configs: Mapping[str, Any]) -> list[str]:
+    """Sizes that two models' configs must share but do not; models without a config are passed over."""
+    transformer = configs.get("transformer")
+    if transformer is None:
+        return []
+    problems = []
+    shared = (
+        ("joint_attention_dim", transformer.joint_attention_dim, "text_encoder_2", "d_model"),
+        ("pooled_projection_dim", transformer.pooled_projection_dim, "text_encoder", "hidden_size"),
+    )
+    for field, size, other, key in shared:
+        found = getattr(configs[other], key) if other in configs else size
+        if found != size:
+            problems.append(
+                f"transformer/config.json: {field} is {size}, but {other}/config.json: {key} is {found}"
+            )
+    if "vae" in configs:
+        # A token is a square of 2 x 2 latent pixels.
+        packed = 4 * configs["vae"].latent_channels
+        if transformer.velocity_channels != packed:
+            problems.append(
+                f"transformer/config.json: {transformer.velocity_channels} channels per token, but "
+                f"vae/config.json: latent_channels {configs['vae'].latent_channels} makes {packed}"
+            )
+    return problems
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
