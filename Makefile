@@ -22,7 +22,7 @@ install: .venv/installed
 	@touch $@
 
 demo: install
-	@WORLD_SEED=$(WORLD_SEED) PYTHON=$(BIN)/python bash scripts/demo.sh
+	@WORLD_SEED=$(WORLD_SEED) PYTHON=$(BIN)/python scripts/demo.sh
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=20
@@ -38,4 +38,4 @@ bench: install
 	$(BIN)/python -m benchmarks.train_step
 
 clean:
-	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info runs data
+	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info runs/demo data/toybirds* prepared/toybirds*
