@@ -25,22 +25,25 @@ def read_rgb(path: str | os.PathLike[str]) -> Array:
 
 
 def read_mask(path: str | os.PathLike[str], size: tuple[int, int] | None = None) -> Array:
-    """The mask at `path` as [H, W] bool: stored values above 128 (of 255) are foreground.
+    """The mask at `path` as [H, W] bool: stored values above 127 (of 255) are foreground.
 
-    `size` is the (height, width) of the picture it belongs to. Raises UserError when the file cannot be read or
-    when its size is another one: a resized mask would silently shift the silhouette.
+    `size` is the (height, width) of the picture it belongs to. Raises UserError when the file cannot be read
+    or when its size is another one: a resized mask would silently shift the silhouette.
     """
-    mask = np.asarray(_open(path).convert("L")) > 128
+    mask = np.asarray(_open(path).convert("L")) > 127
     if size is not None and mask.shape != tuple(size):
-        raise UserError(f"{path}: mask is {mask.shape[0]}x{mask.shape[1]} (height x width), "
-                        f"expected {size[0]}x{size[1]}, the size of its picture")  # fmt: skip
+        raise UserError(
+            f"{path}: mask is {mask.shape[0]}x{mask.shape[1]} (height x width), "
+            f"expected {size[0]}x{size[1]}, the size of its picture"
+        )
     return mask
 
 
 def write_image(image: Array, path: str | os.PathLike[str], **options: Any) -> None:
     """Writes [H, W] or [H, W, 3] uint8 to `path` in one step: the file is either whole or not there.
 
-    `options` go to Pillow's encoder, the format follows the suffix. Raises UserError when `path` cannot be written.
+    `options` go to Pillow's encoder, the format follows the suffix. Raises UserError when `path` cannot be
+    written.
     """
     path = pathlib.Path(path)
     handle = None
@@ -59,10 +62,11 @@ def write_image(image: Array, path: str | os.PathLike[str], **options: Any) -> N
 def resize(image: Array, height: int, width: int, method: Method = "area") -> Array:
     """`image` [H, W] or [H, W, C] at (height, width), same dtype; integers are rounded and clipped to uint8.
 
-    The three rules are OpenCV's, so that numbers agree with pipelines built on it (to one grey level):
-    'area' averages the covered source pixels when shrinking (INTER_AREA; when either side grows, OpenCV's
-    linear blend of the two nearest cells), 'bilinear' samples at half-pixel centres without smoothing
-    (INTER_LINEAR), 'nearest' takes the source pixel floor(i * H / height) (INTER_NEAREST; any dtype, bool too).
+    The three rules are OpenCV's, so that numbers agree with pipelines built on it (to one grey level): 'area'
+    averages the covered source pixels when shrinking (INTER_AREA; when either side grows, OpenCV's linear
+    blend of the two nearest cells), 'bilinear' samples at half-pixel centres without smoothing
+    (INTER_LINEAR), 'nearest' takes the source pixel floor(i * H / height) (INTER_NEAREST; any dtype, bool
+    too).
     """
     if height < 1 or width < 1:
         raise ValueError(f"resize: found size {height}x{width}, expected at least 1x1")
@@ -105,7 +109,9 @@ def _linear_weights(size: int, new: int) -> Array:
 
 
 def _grown_area_weights(size: int, new: int) -> Array:
-    """[new, size]: what OpenCV's INTER_AREA does when a side grows: blends only where a cell border is crossed."""
+    """[new, size]: what OpenCV's INTER_AREA does when a side grows: blends only where a cell border is
+    crossed.
+    """
     low = np.arange(new) * size // new
     share = np.arange(1, new + 1) - (low + 1) * new / size
     return _two_taps(size, low, np.where(share <= 0, 0.0, share - np.floor(share)))

@@ -1,7 +1,7 @@
 """Errors between two pictures inside a mask, in pixel values.
 
-Every function takes uint8 RGB pictures [H, W, 3] and a mask [h, w], and gives None where the mask is empty: such a
-pair has no error, neither a perfect one nor a bad one, and the caller excludes and counts it.
+Every function takes uint8 RGB pictures [H, W, 3] and a mask [h, w], and gives None where the mask is empty:
+such a pair has no error, neither a perfect one nor a bad one, and the caller excludes and counts it.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ def at_size_of(generated: Array, target: Array, mask: Array) -> tuple[Array, Arr
 
 
 def masked_rmse(generated: Array, target: Array, mask: Array) -> float | None:
-    """Root mean squared error over the mask's pixels and the three channels, 0..255; None if the mask is empty.
+    """Root mean squared error over the mask's pixels and the three channels, 0..255; None if the mask is
+    empty.
 
-    `target` and `mask` are brought to the generated size. This is the number published tables of this task call
-    "MSE".
+    `target` and `mask` are brought to the generated size. This is the number published tables of this task
+    call "MSE".
     """
     target, inside = at_size_of(generated, target, mask)
     return rmse_of_pixels(generated[inside], target[inside])
@@ -57,9 +58,9 @@ def rmse_of_pixels(a: Array, b: Array) -> float | None:
 def masked_ssim(generated: Array, target: Array, mask: Array) -> float | None:
     """Structural similarity (Wang et al. 2004), -1..1, averaged inside the mask; None if the mask is empty.
 
-    The map is computed on the whole pictures (Gaussian window of sigma 1.5, 11x11 pixels, range 255, per channel),
-    then averaged over the mask's pixels and the channels: windows at the outline see both sides of it. Raises
-    UserError for pictures smaller than the window.
+    The map is computed on the whole pictures (Gaussian window of sigma 1.5, 11x11 pixels, range 255, per
+    channel), then averaged over the mask's pixels and the channels: windows at the outline see both sides of
+    it. Raises UserError for pictures smaller than the window.
     """
     # scikit-image takes a second to import, and only this function needs it.
     from skimage.metrics import structural_similarity
@@ -68,8 +69,10 @@ def masked_ssim(generated: Array, target: Array, mask: Array) -> float | None:
     if not inside.any():
         return None
     if min(generated.shape[:2]) < SSIM_WINDOW:
-        raise UserError(f"SSIM: picture is {generated.shape[0]}x{generated.shape[1]}, "
-                        f"expected at least {SSIM_WINDOW}x{SSIM_WINDOW} pixels")  # fmt: skip
+        raise UserError(
+            f"SSIM: picture is {generated.shape[0]}x{generated.shape[1]}, "
+            f"expected at least {SSIM_WINDOW}x{SSIM_WINDOW} pixels"
+        )
     rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
     # Only windows that touch the mask count: crop to its box plus one window, the map inside stays the same.
     box = (
@@ -77,7 +80,13 @@ def masked_ssim(generated: Array, target: Array, mask: Array) -> float | None:
         slice(max(columns[0] - SSIM_WINDOW, 0), columns[-1] + 1 + SSIM_WINDOW),
     )
     _, similarity = structural_similarity(
-        target[box], generated[box], channel_axis=2, data_range=255, gaussian_weights=True, sigma=SSIM_SIGMA,
-        use_sample_covariance=False, full=True,
-    )  # fmt: skip
+        target[box],
+        generated[box],
+        channel_axis=2,
+        data_range=255,
+        gaussian_weights=True,
+        sigma=SSIM_SIGMA,
+        use_sample_covariance=False,
+        full=True,
+    )
     return float(np.mean(similarity[inside[box]], dtype=np.float64))

@@ -1,7 +1,7 @@
 """Reference points: pictures that no model made, for a table to be readable.
 
-Each takes uint8 RGB pictures [H, W, 3] and bool masks [H, W] and returns a picture of the target's size. None shows a
-pixel of the target's bird, except `copy_target`, which is all of it.
+Each takes uint8 RGB pictures [H, W, 3] and bool masks [H, W] and returns a picture of the target's size. None
+shows a pixel of the target's bird, except `copy_target`, which is all of it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def flat_colour(subject: Array, subject_mask: Array, target: Array, target_mask:
 def paste_subject(subject: Array, subject_mask: Array, target: Array, target_mask: Array) -> Array:
     """The subject cropped to its mask's box, stretched to the box of the target's mask and pasted there.
 
-    The bird is pasted whole; where it leaves some of the target's silhouette open, its own background fills it.
-    Raises UserError if a mask is empty.
+    The bird is pasted whole; where it leaves some of the target's silhouette open, its own background fills
+    it. Raises UserError if a mask is empty.
     """
     from_rows, from_columns = box_of(subject_mask)
     rows, columns = box_of(target_mask)
@@ -53,7 +53,9 @@ def paste_subject(subject: Array, subject_mask: Array, target: Array, target_mas
 
 
 def stretch(image: Array, height: int, width: int) -> Array:
-    """`image` at exactly (height, width): averaged along a side that shrinks, interpolated along one that grows."""
+    """`image` at exactly (height, width): averaged along a side that shrinks, interpolated along one that
+    grows.
+    """
     down = resize(image, min(height, image.shape[0]), min(width, image.shape[1]), "area")
     return resize(down, height, width, "bilinear")
 

@@ -37,7 +37,9 @@ def test_rmse(name):
 
 @pytest.mark.parametrize("name", EMPTY)
 def test_an_empty_mask_is_no_perfect_score(name):
-    """Decision 19: the published code scores such a pair 0 (perfect); here it has no value and is excluded."""
+    """Decision 19: the published code scores such a pair 0 (perfect); here it has no value and is
+    excluded.
+    """
     tensors = GOLDEN.tensors(name)
     assert pixels.masked_rmse(tensors["gen"], tensors["orig"], tensors["mask"]) is None
     assert tensors["metrics"][1] == 0 and GOLDEN.scalar(name)["l2_rmse"] == 0

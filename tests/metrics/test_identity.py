@@ -11,9 +11,9 @@ from nabla_jax.metrics import identity, references
 
 def answer(seed, pixels=60, species=10, plumage=True):
     rng = np.random.default_rng(seed)
-    lineup = {f"species {i}": rng.integers(0, 256, (pixels, 3)).astype(np.uint8) for i in range(species)}
+    lineup = rng.integers(0, 256, (species, pixels, 3)).astype(np.uint8)
     other = rng.integers(0, 256, (pixels, 3)).astype(np.uint8) if plumage else None
-    return identity.RightAnswer(lineup["species 3"], lineup["species 5"], other, lineup, "species 3")
+    return identity.RightAnswer(lineup[0], lineup[5], other, lineup)
 
 
 def test_a_copy_of_the_right_answer_scores_one_and_the_sibling_zero():
@@ -62,10 +62,10 @@ def test_identity_falls_on_the_way_from_the_right_answer_to_the_sibling(seed):
 
 
 def test_rank_counts_nearer_species_and_ties_count_against():
-    lineup = {name: np.full((4, 3), value, np.uint8) for name, value in [("a", 100), ("b", 110), ("c", 140)]}
-    assert identity.rank_in_lineup(np.full((4, 3), 101, np.uint8), lineup, "a") == 1
-    assert identity.rank_in_lineup(np.full((4, 3), 105, np.uint8), lineup, "a") == 2
-    assert identity.rank_in_lineup(np.full((4, 3), 250, np.uint8), lineup, "a") == 3
+    lineup = np.stack([np.full((4, 3), value, np.uint8) for value in (100, 110, 140)])
+    assert identity.rank_in_lineup(np.full((4, 3), 101, np.uint8), lineup) == 1
+    assert identity.rank_in_lineup(np.full((4, 3), 105, np.uint8), lineup) == 2
+    assert identity.rank_in_lineup(np.full((4, 3), 250, np.uint8), lineup) == 3
 
 
 def test_no_pixels_and_no_other_plumage():

@@ -69,7 +69,14 @@ def test_ssim_is_the_full_map_averaged_inside_the_mask():
     mask = np.zeros(a.shape[:2], bool)
     mask[3:9, 30:39] = True
     _, full = structural_similarity(
-        b, a, channel_axis=2, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True
+        b,
+        a,
+        channel_axis=2,
+        data_range=255,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+        full=True,
     )
     assert pixels.masked_ssim(a, b, mask) == pytest.approx(full[mask].mean(), abs=1e-12)
     assert pixels.masked_ssim(a, a, mask) == pytest.approx(1.0)
@@ -78,7 +85,9 @@ def test_ssim_is_the_full_map_averaged_inside_the_mask():
 def test_ssim_falls_as_noise_grows():
     a, mask = picture(0), ellipse()
     noise = np.random.default_rng(3).standard_normal(a.shape)
-    values = [pixels.masked_ssim(np.clip(a + s * noise, 0, 255).astype(np.uint8), a, mask) for s in (0, 8, 25, 80)]
+    values = [
+        pixels.masked_ssim(np.clip(a + s * noise, 0, 255).astype(np.uint8), a, mask) for s in (0, 8, 25, 80)
+    ]
     assert values == sorted(values, reverse=True) and values[-1] < 0.8
 
 
@@ -118,7 +127,12 @@ def test_bilinear_and_nearest_resize_equal_torch(size, method):
     np.testing.assert_allclose(resize(image, *size, method), expected, atol=1e-9)
 
 
-@given(st.integers(1, 30), st.integers(1, 30), st.sampled_from(["area", "bilinear", "nearest"]), st.integers(0, 255))
+@given(
+    st.integers(1, 30),
+    st.integers(1, 30),
+    st.sampled_from(["area", "bilinear", "nearest"]),
+    st.integers(0, 255),
+)
 @settings(max_examples=60, deadline=None)
 def test_a_flat_picture_stays_flat(height, width, method, value):
     flat = np.full((11, 14, 3), value, np.uint8)
@@ -140,10 +154,14 @@ def test_reading_back_what_was_written(tmp_path):
 
 
 def test_bad_files_give_one_line(tmp_path):
-    (tmp_path / "broken.png").write_bytes((b"\x89PNG\r\n\x1a\n" + b"0" * 40))
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"0" * 40)
     write_image(picture(8), tmp_path / "whole.png")
     (tmp_path / "short.png").write_bytes((tmp_path / "whole.png").read_bytes()[:900])
-    for name, words in [("none.png", "no such"), ("broken.png", "not a readable"), ("short.png", "not a readable")]:
+    for name, words in [
+        ("none.png", "no such"),
+        ("broken.png", "not a readable"),
+        ("short.png", "not a readable"),
+    ]:
         with pytest.raises(UserError, match=words) as caught:
             read_rgb(tmp_path / name)
         assert name in str(caught.value) and "\n" not in str(caught.value)

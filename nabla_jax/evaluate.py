@@ -1,0 +1,624 @@
+"""Scores pictures: per-pair numbers, means with intervals, reference points, and the static report.
+
+    python -m nabla_jax.evaluate --config configs/omk_fill.py --pictures untuned=pictures/untuned \
+        --pictures demo=pictures/demo --out reports/demo
+
+Reads the folders that `generate` wrote, never a model. Beside the given sets every table holds reference
+points made here (REFERENCES). Writes summary.json, summary.md, comparisons.json, breakdown.json,
+evaluation.json and one CSV per benchmark and set; --out/cache holds the oracle's pictures. Everything is
+reused by a later run on the same inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+import nabla_jax
+from nabla_jax import config as configs
+from nabla_jax import runs
+from nabla_jax.data import read_dataset
+from nabla_jax.data.dataset import Dataset, Example
+from nabla_jax.data.pairs import Pair, benchmark_pairs, duplicate_rows, shuffled_subjects
+from nabla_jax.data.taxonomy import qualifier
+from nabla_jax.errors import UserError
+from nabla_jax.images import read_mask, read_rgb
+from nabla_jax.metrics import identity, oracle, pixels, references, summary
+from nabla_jax.metrics.summary import PairScore
+
+Array = np.ndarray[Any, Any]
+T = TypeVar("T")
+
+REFERENCES = ("flat-colour", "copy-target", "paste-subject", "same-class", "sibling-class")
+BASELINE = "untuned"
+VERSION = 1  # of the numbers: raise it when a metric changes, so that no stored score is reused
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command."""
+    config, arguments = configs.parse_command(argv, "Scores pictures against benchmarks.", _add_arguments)
+    pictures = _named_folders(arguments.pictures)
+    names = arguments.benchmark or list(config.benchmarks)
+    configs.check_inputs(config, "evaluate", names)
+    benchmarks = {name: Path(config.benchmarks[name]) for name in names}
+    rows = evaluate(
+        pictures,
+        benchmarks,
+        arguments.out,
+        seed=arguments.seed,
+        shuffle_seed=config.sample.seed,
+        workers=arguments.workers,
+        limit=arguments.limit,
+        allow_missing=arguments.allow_missing,
+    )
+    if arguments.report:
+        from nabla_jax import report
+
+        report.write(arguments.out, arguments.out, run=arguments.run)
+    print(summary.text_table(rows), end="")
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--pictures",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="a set that generate wrote; repeatable",
+    )
+    add("--benchmark", action="append", default=[], metavar="NAME", help="only this one; repeatable")
+    add("--out", required=True, type=Path, help="folder for the results")
+    add("--limit", type=int, help="only the first N pairs of each benchmark, as generate --limit")
+    add("--allow_missing", action="store_true", help="score what is there instead of stopping")
+    add("--report", action="store_true", help="also write the static report into --out")
+    add("--run", type=Path, help="training run whose loss curve the report shows")
+    add("--seed", type=int, default=0, help="of the bootstrap and of the drawn reference points")
+    add("--workers", type=int, default=2, help="processes; 0 works in this one")
+
+
+def evaluate(
+    pictures: Mapping[str, Path],
+    benchmarks: Mapping[str, Path],
+    out: Path,
+    *,
+    seed: int = 0,
+    shuffle_seed: int = 0,
+    workers: int = 2,
+    limit: int | None = None,
+    allow_missing: bool = False,
+) -> list[dict[str, Any]]:
+    """Scores every picture set on every benchmark, writes the results below `out`, returns the summary's
+    rows.
+
+    `seed` is that of the bootstrap and of the drawn reference points, `shuffle_seed` that of their shuffled
+    subjects (the one `generate` sampled with).
+
+    Raises UserError for pictures that are missing (unless allowed), do not belong to the benchmark, or cannot
+    be read; for a target without a mask; and when `out` cannot be written.
+    """
+    open_benchmark.cache_clear()
+    _read_files.cache_clear()
+    with runs.lock(out / ".lock", f"--out {out}"):
+        contexts = {name: open_benchmark(root, limit) for name, root in benchmarks.items()}
+        sets = {(m, b): read_set(folder / b, contexts[b]) for b in contexts for m, folder in pictures.items()}
+        missing = _report_missing(sets, contexts, allow_missing)
+        with _mapper(workers) as run_chunks:
+            _render_answers(contexts, out, limit, run_chunks)
+            scores = _score_all(pictures, contexts, sets, out, (seed, shuffle_seed), limit, run_chunks)
+        return _write_results(scores, contexts, sets, missing, out, seed)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What there is: benchmarks and picture sets
+# ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """A dataset folder as a benchmark. `fingerprint` changes with anything that could change a score."""
+
+    root: Path
+    dataset: Dataset
+    pairs: tuple[Pair, ...]
+    oracle: oracle.World | None
+    fingerprint: str
+
+    @functools.cached_property
+    def groups(self) -> dict[tuple[str, ...], dict[str, list[str]]]:
+        """Path of a taxonomic node -> species below it -> ids of their pictures."""
+        found: dict[tuple[str, ...], dict[str, list[str]]] = {}
+        for example in self.dataset.examples:
+            for depth in range(len(example.taxonomy)):
+                node = found.setdefault(example.taxonomy[:depth], {})
+                node.setdefault(example.species, []).append(example.id)
+        return found
+
+
+@functools.cache
+def open_benchmark(root: Path, limit: int | None = None) -> Benchmark:
+    """Reads the lists of a dataset folder, no pictures. Raises UserError, also if a bird of a pair has no
+    mask.
+    """
+    dataset = read_dataset(root)
+    pairs = tuple(benchmark_pairs(root, dataset)[:limit])
+    if not pairs:
+        raise UserError(f"{root}: found no benchmark pair, expected at least one")
+    used = sorted({i for pair in pairs for i in (pair.subject_id, pair.target_id)})
+    bare = [i for i in used if dataset.by_id[i].mask is None]
+    if bare:
+        raise UserError(
+            f"{root}: found no mask for {len(bare)} of {len(used)} pictures of the benchmark's pairs, "
+            f"the first is {bare[0]} ({dataset.by_id[bare[0]].image})"
+        )
+    return Benchmark(root, dataset, pairs, oracle.open_oracle(root), _fingerprint(dataset, pairs))
+
+
+def _fingerprint(dataset: Dataset, pairs: Sequence[Pair]) -> str:
+    """Hash of the folder's lists, the pairs, and the names and sizes of the pictures and masks in it."""
+    digest = hashlib.sha256(f"{VERSION} {nabla_jax.__version__}".encode())
+    lists = sorted(p for p in dataset.root.iterdir() if p.suffix in (".txt", ".csv", ".json") and p.is_file())
+    for path in lists:
+        digest.update(f"\n{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}".encode())
+    for pair in pairs:
+        digest.update(f"\n{pair.key} {pair.subject_id} {pair.target_id} {pair.class_id}".encode())
+    for example in dataset.examples:
+        files = [path for path in (example.image, example.mask) if path is not None]
+        digest.update(f"\n{example.id} {[path.stat().st_size for path in files]}".encode())
+    return digest.hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureSet:
+    """Pictures of one set for one benchmark: pair key -> manifest row whose `file` is the picture's path.
+
+    `shuffled` is empty if the set has none. `fingerprint` changes when a picture is made anew.
+    """
+
+    right: Mapping[str, Mapping[str, Any]]
+    shuffled: Mapping[str, Mapping[str, Any]]
+    has_shuffled: bool
+    fingerprint: str
+
+
+def read_set(folder: Path, benchmark: Benchmark) -> PictureSet:
+    """Reads the manifests `right` and `shuffled` below `folder`; rows without their picture count as missing.
+
+    Raises UserError for a row of another pair or other pictures than the benchmark's.
+    """
+    right, shuffled = (_read_manifest(folder / kind, benchmark) for kind in ("right", "shuffled"))
+    digest = hashlib.sha256()
+    for kind, found in (("right", right), ("shuffled", shuffled)):
+        for key in sorted(found):
+            row = {k: v for k, v in found[key].items() if k != "file"}
+            size = Path(found[key]["file"]).stat().st_size
+            digest.update(f"{kind} {key} {size} {json.dumps(row, sort_keys=True)}\n".encode())
+    return PictureSet(right, shuffled, (folder / "shuffled").is_dir(), digest.hexdigest()[:16])
+
+
+def _read_manifest(folder: Path, benchmark: Benchmark) -> dict[str, dict[str, Any]]:
+    path = folder / "manifest.jsonl"
+    expected = {pair.key: pair for pair in benchmark.pairs}
+    found = {}
+    for row in runs.read_rows(path):
+        absent = [
+            name for name in ("pair", "subject_id", "target_id", "subject_used", "file") if name not in row
+        ]
+        if absent:
+            raise UserError(f"{path}: a row has no field {absent[0]}: {json.dumps(row)[:100]}")
+        pair = expected.get(row["pair"])
+        if pair is None:
+            continue
+        if (row["subject_id"], row["target_id"]) != (pair.subject_id, pair.target_id):
+            raise UserError(
+                f"{path}: pair {pair.key} is {row['subject_id']} into {row['target_id']}, expected "
+                f"{pair.subject_id} into {pair.target_id} ({benchmark.root})"
+            )
+        used = row["subject_used"]
+        if used not in benchmark.dataset.by_id or (used == pair.subject_id) != (folder.name == "right"):
+            raise UserError(
+                f"{path}: pair {pair.key}: subject_used is {used}, expected "
+                f"{'' if folder.name == 'right' else 'another picture than '}{pair.subject_id}"
+            )
+        if (folder / row["file"]).is_file():
+            found[pair.key] = row | {"file": str(folder / row["file"])}
+    return found
+
+
+def _report_missing(
+    sets: Mapping[tuple[str, str], PictureSet], contexts: Mapping[str, Benchmark], allowed: bool
+) -> list[dict[str, Any]]:
+    """Counts and lists pictures that are not there; raises UserError unless allowed."""
+    missing: list[dict[str, Any]] = []
+    for (model, name), found in sets.items():
+        keys = [pair.key for pair in contexts[name].pairs]
+        for kind, there in (("right", found.right), ("shuffled", found.shuffled)):
+            absent = [key for key in keys if key not in there]
+            if absent and (kind == "right" or found.has_shuffled):
+                missing.append(
+                    {"model": model, "benchmark": name, "kind": kind, "of": len(keys), "pairs": absent}
+                )
+    if missing and not allowed:
+        text = "; ".join(
+            f"{m['model']} {m['benchmark']}/{m['kind']}: {len(m['pairs'])} of {m['of']} "
+            f"({', '.join(m['pairs'][:3])}{', ...' if len(m['pairs']) > 3 else ''})"
+            for m in missing
+        )
+        raise UserError(
+            f"missing pictures: {text}; run generate again, or score the rest with --allow_missing"
+        )
+    return missing
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Work on pairs, in this process or in workers
+# ----------------------------------------------------------------------------------------------------------
+
+Chunks = Callable[[Callable[..., list[T]], Sequence[tuple[Any, ...]]], Iterator[list[T]]]
+
+
+def _quiet() -> None:
+    # Ctrl-C reaches the whole process group; only the parent reports it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _mapper(workers: int) -> Iterator[Chunks[Any]]:
+    """A function that applies (function, argument tuples) in order, in `workers` processes or, with 0,
+    here.
+    """
+    if workers <= 0:
+        yield lambda function, arguments: (function(*a) for a in arguments)
+        return
+    # Spawned, not forked: a fork of a process with threads (JAX, BLAS) may hang.
+    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _quiet)
+    try:
+        yield lambda function, arguments: (f.result() for f in [pool.submit(function, *a) for a in arguments])
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _chunked(items: Sequence[T], size: int = 8) -> list[Sequence[T]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def answer_path(out: Path, benchmark: Benchmark, pair: str) -> Path:
+    """Where the oracle's answer of a pair is kept."""
+    return out / "cache" / benchmark.fingerprint / f"{pair}.npz"
+
+
+def _render_answers(
+    contexts: Mapping[str, Benchmark], out: Path, limit: int | None, run: Chunks[str]
+) -> None:
+    work = []
+    for benchmark in contexts.values():
+        if benchmark.oracle is not None:
+            todo = [p.key for p in benchmark.pairs if not answer_path(out, benchmark, p.key).is_file()]
+            work += [(benchmark.root, limit, out, keys) for keys in _chunked(todo)]
+    with runs.progress(sum(len(w[-1]) for w in work), "right answers", unit="pair") as bar:
+        for done in run(render_answers, work):
+            bar.update(len(done))
+
+
+def render_answers(root: Path, limit: int | None, out: Path, keys: Sequence[str]) -> list[str]:
+    """Asks the oracle about the pairs `keys` and stores its answers; pairs with an empty mask have none."""
+    benchmark = open_benchmark(root, limit)
+    assert benchmark.oracle is not None
+    pairs = {pair.key: pair for pair in benchmark.pairs}
+    for key in keys:
+        pair = pairs[key]
+        mask = _read(benchmark, pair.target_id)[1]
+        if mask.any():
+            answer = oracle.ask(benchmark.oracle, pair.subject_id, pair.target_id, mask)
+            runs.write_atomic(answer_path(out, benchmark, key), oracle.pack(*answer))
+    return list(keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One pair to score: picture files of a set, or None for a reference point; the other subject, if any."""
+
+    pair: str
+    right: str | None
+    shuffled: str | None
+    other_subject: str | None
+
+
+def _score_all(
+    pictures: Mapping[str, Path],
+    contexts: Mapping[str, Benchmark],
+    sets: Mapping[tuple[str, str], PictureSet],
+    out: Path,
+    seeds: tuple[int, int],
+    limit: int | None,
+    run: Chunks[PairScore],
+) -> dict[tuple[str, str], list[PairScore]]:
+    """(benchmark, model) -> scores in the order of the pairs. Stored scores of the same inputs are reused."""
+    scores: dict[tuple[str, str], list[PairScore]] = {}
+    work: list[tuple[str, str, str, list[Job]]] = []
+    for name, benchmark in contexts.items():
+        other = {}
+        if benchmark.oracle is not None:
+            other = shuffled_subjects(benchmark.pairs, benchmark.dataset, seeds[1])
+        for model in [*pictures, *REFERENCES]:
+            if model in pictures:
+                inputs = sets[model, name].fingerprint
+                jobs = _jobs_of_set(sets[model, name], benchmark)
+            else:
+                inputs = hashlib.sha256(json.dumps([seeds[0], other], sort_keys=True).encode()).hexdigest()[
+                    :16
+                ]
+                jobs = [Job(pair.key, None, None, other.get(pair.key)) for pair in benchmark.pairs]
+            inputs = f"{benchmark.fingerprint} {inputs}"
+            stored = _stored_scores(out, name, model, inputs)
+            if stored is not None:
+                scores[name, model] = stored
+            elif jobs:
+                work.append((name, model, inputs, jobs))
+    with runs.progress(sum(len(w[-1]) for w in work), "scores", unit="picture") as bar:
+        for name, model, inputs, jobs in work:
+            found: list[PairScore] = []
+            root = contexts[name].root
+            for chunk in run(
+                score_pairs, [(root, limit, out, model, seeds[0], part) for part in _chunked(jobs)]
+            ):
+                found += chunk
+                bar.update(len(chunk))
+            _store_scores(out, name, model, inputs, found)
+            scores[name, model] = found
+    order = [(name, model) for name in contexts for model in [*pictures, *REFERENCES]]
+    return {key: scores[key] for key in order if key in scores}
+
+
+def _jobs_of_set(found: PictureSet, benchmark: Benchmark) -> list[Job]:
+    jobs = []
+    for pair in benchmark.pairs:
+        if pair.key in found.right:
+            shuffled = found.shuffled.get(pair.key)
+            file = None if shuffled is None else shuffled["file"]
+            jobs.append(Job(pair.key, found.right[pair.key]["file"], file, None))
+    return jobs
+
+
+def _score_paths(out: Path, benchmark: str, model: str) -> tuple[Path, Path]:
+    folder = out / "pairs" / benchmark
+    return folder / f"{model}.csv", folder / f"{model}.inputs"
+
+
+def _stored_scores(out: Path, benchmark: str, model: str, inputs: str) -> list[PairScore] | None:
+    table, stamp = _score_paths(out, benchmark, model)
+    if not (table.is_file() and stamp.is_file()):
+        return None
+    same = stamp.read_text() == f"{inputs} {hashlib.sha256(table.read_bytes()).hexdigest()}\n"
+    return summary.from_csv(table) if same else None
+
+
+def _store_scores(out: Path, benchmark: str, model: str, inputs: str, scores: Sequence[PairScore]) -> None:
+    table, stamp = _score_paths(out, benchmark, model)
+    text = summary.to_csv(scores)
+    runs.write_atomic(table, text)
+    # The stamp comes last and names the table's content: a table without its stamp is made again.
+    runs.write_atomic(stamp, f"{inputs} {hashlib.sha256(text.encode()).hexdigest()}\n")
+
+
+def score_pairs(
+    root: Path, limit: int | None, out: Path, model: str, seed: int, jobs: Sequence[Job]
+) -> list[PairScore]:
+    """Scores some pairs of one picture set or reference point."""
+    benchmark = open_benchmark(root, limit)
+    pairs = {pair.key: pair for pair in benchmark.pairs}
+    return [_score_pair(benchmark, out, model, seed, pairs[job.pair], job) for job in jobs]
+
+
+def _score_pair(benchmark: Benchmark, out: Path, model: str, seed: int, pair: Pair, job: Job) -> PairScore:
+    example = benchmark.dataset.by_id[pair.target_id]
+    target, mask = _read(benchmark, pair.target_id)
+    score = PairScore(
+        pair=pair.key,
+        subject_id=pair.subject_id,
+        target_id=pair.target_id,
+        class_id=pair.class_id,
+        order=order_of(example),
+        species=example.species,
+        qualifier=qualifier(example.class_name) or "",
+        pixels=int(mask.sum()),
+    )
+    empty = [i for i in (pair.subject_id, pair.target_id) if not _read(benchmark, i)[1].any()]
+    if empty:
+        return dataclasses.replace(score, excluded=f"the mask of {empty[0]} is empty")
+    if job.right is not None:
+        picture: Array = read_rgb(job.right)
+        shuffled = None if job.shuffled is None else read_rgb(job.shuffled)
+    else:
+        picture = draw_reference(model, benchmark, pair, pair.subject_id, seed)
+        shuffled = (
+            None
+            if job.other_subject is None
+            else draw_reference(model, benchmark, pair, job.other_subject, seed)
+        )
+    score = dataclasses.replace(
+        score, rmse=pixels.masked_rmse(picture, target, mask), ssim=pixels.masked_ssim(picture, target, mask)
+    )
+    if benchmark.oracle is None:
+        return score
+    _, answer = oracle.unpack(answer_path(out, benchmark, pair.key))
+    errors = identity.identity_errors(_inside(picture, mask), answer)
+    assert errors is not None
+    return dataclasses.replace(
+        score,
+        right_error=errors.right,
+        shuffled_error=None
+        if shuffled is None
+        else pixels.rmse_of_pixels(_inside(shuffled, mask), answer.right),
+        sibling_error=errors.sibling,
+        sibling_plumage_error=errors.sibling_plumage,
+        rank=errors.rank,
+        lineup=len(answer.lineup),
+    )
+
+
+def _inside(picture: Array, mask: Array) -> Array:
+    """The picture's pixels inside the mask, after bringing it to the mask's size."""
+    return references.stretch(picture, *mask.shape)[mask]
+
+
+@functools.lru_cache(maxsize=64)
+def _read_files(image: Path, mask: Path) -> tuple[Array, Array]:
+    pixels_ = read_rgb(image)
+    return pixels_, read_mask(mask, pixels_.shape[:2])
+
+
+def _read(benchmark: Benchmark, id: str) -> tuple[Array, Array]:
+    """(picture [H, W, 3] uint8, mask [H, W] bool) of an example that has both."""
+    example = benchmark.dataset.by_id[id]
+    if example.mask is None:
+        raise UserError(f"{example.image}: found no mask for {id}")
+    return _read_files(example.image, example.mask)
+
+
+def order_of(example: Example) -> str:
+    """The taxonomic group right below the root; '' where the data set has species only."""
+    return example.taxonomy[1] if len(example.taxonomy) > 2 else ""
+
+
+def draw_reference(name: str, benchmark: Benchmark, pair: Pair, subject_id: str, seed: int) -> Array:
+    """The picture of a reference point for a pair, with `subject_id` as its subject; the target's size.
+
+    'same-class' is another picture of the subject's class (the subject itself only where the class has no
+    other), 'sibling-class' one of a species next to the subject's: of the nearest taxonomic group that has
+    another species. Both are whole pictures stretched to the target's size, so they show what resemblance
+    alone gives.
+    """
+    target, mask = _read(benchmark, pair.target_id)
+    if name == "copy-target":
+        return references.copy_target(target)
+    if name in ("flat-colour", "paste-subject"):
+        make = references.flat_colour if name == "flat-colour" else references.paste_subject
+        return make(*_read(benchmark, subject_id), target, mask)
+    candidates = (
+        _class_mates(benchmark, subject_id, pair)
+        if name == "same-class"
+        else _siblings(benchmark, subject_id)
+    )
+    chosen = references.choose(candidates, seed, pair.key, name)
+    return references.stretch(read_rgb(benchmark.dataset.by_id[chosen].image), *mask.shape)
+
+
+def _class_mates(benchmark: Benchmark, subject_id: str, pair: Pair) -> list[str]:
+    dataset = benchmark.dataset
+    mates = [dataset.examples[i].id for i in dataset.classes[dataset.by_id[subject_id].class_id]]
+    return [i for i in mates if i not in (subject_id, pair.target_id)] or [subject_id]
+
+
+def _siblings(benchmark: Benchmark, subject_id: str) -> list[str]:
+    subject = benchmark.dataset.by_id[subject_id]
+    for depth in range(len(subject.taxonomy) - 1, -1, -1):
+        species = benchmark.groups[subject.taxonomy[:depth]]
+        others = [i for name, ids in species.items() if name != subject.species for i in ids]
+        if others:
+            return others
+    raise UserError(f"{benchmark.root}: found one species only ({subject.species}), expected at least two")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Results
+# ----------------------------------------------------------------------------------------------------------
+
+
+def _write_results(
+    scores: Mapping[tuple[str, str], list[PairScore]],
+    contexts: Mapping[str, Benchmark],
+    sets: Mapping[tuple[str, str], PictureSet],
+    missing: Sequence[dict[str, Any]],
+    out: Path,
+    seed: int,
+) -> list[dict[str, Any]]:
+    rows, breakdown, comparisons = [], [], []
+    for (name, model), found in scores.items():
+        rows += summary.rows(model, name, found, seed)
+        breakdown += summary.breakdown(model, name, found, seed)
+        if model != BASELINE and (name, BASELINE) in scores:
+            comparisons += summary.compare(model, BASELINE, name, found, scores[name, BASELINE], seed)
+    about = {
+        "version": VERSION,
+        "nabla_jax": nabla_jax.__version__,
+        "seed": seed,
+        "benchmarks": [_about_benchmark(name, b, scores) for name, b in contexts.items()],
+        "sets": [_about_set(model, name, found) for (model, name), found in sets.items()],
+        "references": list(REFERENCES),
+        "missing": list(missing),
+    }
+    for file, value in (("comparisons", comparisons), ("breakdown", breakdown), ("evaluation", about)):
+        runs.write_json(out / f"{file}.json", value)
+    runs.write_atomic(out / "summary.md", summary.text_table(rows, markdown=True))
+    runs.write_json(out / "summary.json", rows)
+    for note in summary.notes(about):
+        print(note)
+    return rows
+
+
+def _about_benchmark(
+    name: str, benchmark: Benchmark, scores: Mapping[tuple[str, str], list[PairScore]]
+) -> dict[str, Any]:
+    excluded = {
+        s.pair: s.excluded for (b, _), found in scores.items() if b == name for s in found if s.excluded
+    }
+    path = benchmark.root / oracle.FILE
+    return {
+        "name": name,
+        "root": str(benchmark.root),
+        "fingerprint": benchmark.fingerprint,
+        "pairs": len(benchmark.pairs),
+        "classes": len({p.class_id for p in benchmark.pairs}),
+        "duplicates": duplicate_rows(benchmark.pairs),
+        "excluded": excluded,
+        "oracle": {k: v for k, v in runs.read_json(path).items() if not isinstance(v, dict | list)}
+        if benchmark.oracle is not None
+        else None,
+    }
+
+
+def _about_set(model: str, benchmark: str, found: PictureSet) -> dict[str, Any]:
+    settings = ("seed", "steps", "guidance", "adapter", "adapter_sha256", "base_sha256")
+    values = {
+        name: sorted({json.dumps(row[name]) for row in found.right.values() if name in row})
+        for name in settings
+    }
+    return {
+        "model": model,
+        "benchmark": benchmark,
+        "fingerprint": found.fingerprint,
+        "pictures": len(found.right),
+        "shuffled": len(found.shuffled),
+        "files": {key: row["file"] for key, row in sorted(found.right.items())},
+    } | {name: [json.loads(v) for v in texts] for name, texts in values.items()}
+
+
+def _named_folders(words: Sequence[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for word in words:
+        name, equals, folder = word.partition("=")
+        if not (name and equals and folder) or "/" in name:
+            raise UserError(f"--pictures: found {word!r}, expected NAME=FOLDER")
+        if name in REFERENCES or name in found:
+            raise UserError(f"--pictures: the name {name!r} is taken")
+        if not Path(folder).is_dir():
+            raise UserError(f"--pictures {name}: no such folder {folder}")
+        found[name] = Path(folder)
+    return found
+
+
+if __name__ == "__main__":
+    runs.run_main(main)

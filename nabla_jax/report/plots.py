@@ -1,0 +1,92 @@
+"""Plots as inline SVG text: no library, colours from the page's CSS variables, readable in light and dark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+LABEL_WIDTH, ROW, PLOT_WIDTH = 150, 22, 300
+
+
+def intervals(rows: Sequence[dict[str, Any]], kinds: Sequence[str], marks: Sequence[float] = ()) -> str:
+    """One line per row: the mean as a dot, its interval as a bar, the model's name at the left.
+
+    `rows` are summary rows of one benchmark and metric, `kinds` a CSS class per row ('model', 'bound' or
+    'reference'); `marks` are values drawn as dashed verticals, such as chance.
+    """
+    ends = [v for r in rows for v in (r["low"], r["high"], r["mean"])] + list(marks)
+    ticks = nice_ticks(min(ends), max(ends))
+    low, high = min(ticks[0], *ends), max(ticks[-1], *ends)
+    height = len(rows) * ROW + 30
+
+    def x(value: float) -> float:
+        return LABEL_WIDTH + (value - low) / (high - low) * PLOT_WIDTH
+
+    parts = [f'<svg class="plot" viewBox="0 0 {LABEL_WIDTH + PLOT_WIDTH + 20} {height}" role="img">']
+    for tick in ticks:
+        parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="4" y2="{height - 24}"/>')
+        parts.append(
+            f'<text class="tick" x="{x(tick):.1f}" y="{height - 8}" text-anchor="middle">{tick:g}</text>'
+        )
+    for mark in marks:
+        parts.append(f'<line class="mark" x1="{x(mark):.1f}" x2="{x(mark):.1f}" y1="4" y2="{height - 24}"/>')
+    for i, (row, kind) in enumerate(zip(rows, kinds, strict=True)):
+        y = 4 + ROW * (i + 0.5)
+        title = f"{row['model']}: {row['mean']:.4g} [{row['low']:.4g}, {row['high']:.4g}], n = {row['n']}"
+        parts.append(
+            f'<g class="{kind}"><title>{escape(title)}</title>'
+            f'<text class="name" x="{LABEL_WIDTH - 10}" y="{y + 4:.1f}" text-anchor="end">'
+            f"{escape(row['model'])}</text>"
+            f'<line class="bar" x1="{x(row["low"]):.1f}" x2="{x(row["high"]):.1f}" '
+            f'y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<circle cx="{x(row["mean"]):.1f}" cy="{y:.1f}" r="4.5"/></g>'
+        )
+    return "".join(parts) + "</svg>"
+
+
+def curve(steps: Sequence[float], values: Sequence[float], label: str = "loss") -> str:
+    """Values over steps: every point faintly, and their running mean over a twentieth of the run."""
+    width, height, left, bottom = 860, 260, 56, 34
+    half = len(values) // 40
+    spans = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    smooth = [sum(span) / len(span) for span in spans]
+    # A single spike must not flatten the curve: the axis covers 99 % of the points and all of the mean.
+    top = max(*smooth, sorted(values)[int(0.99 * (len(values) - 1))]) if len(values) > 1 else values[0]
+    ticks, across = nice_ticks(min(values), top), nice_ticks(min(steps), max(steps), 8)
+    low, high = min(ticks[0], *values), max(ticks[-1], top)
+    first, last = min(steps), max(max(steps), min(steps) + 1)
+
+    def point(step: float, value: float) -> str:
+        x = left + (step - first) / (last - first) * (width - left - 14)
+        y = 10 + (high - min(value, high)) / (high - low) * (height - bottom - 10)
+        return f"{x:.1f},{y:.1f}"
+
+    parts = [
+        f'<svg class="plot curve" viewBox="0 0 {width} {height}" role="img"><title>{escape(label)}</title>'
+    ]
+    for tick in ticks:
+        y = point(first, tick).split(",")[1]
+        parts.append(f'<line class="grid" x1="{left}" x2="{width - 14}" y1="{y}" y2="{y}"/>')
+        parts.append(
+            f'<text class="tick" x="{left - 8}" y="{float(y) + 4:.1f}" text-anchor="end">{tick:g}</text>'
+        )
+    for tick in across:
+        if first <= tick <= last:
+            x = point(tick, high).split(",")[0]
+            parts.append(f'<text class="tick" x="{x}" y="{height - 12}" text-anchor="middle">{tick:g}</text>')
+    for name, series in (("raw", values), ("smooth", smooth)):
+        points = " ".join(point(s, v) for s, v in zip(steps, series, strict=True))
+        parts.append(f'<polyline class="{name}" points="{points}"/>')
+    return "".join(parts) + "</svg>"
+
+
+def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` round numbers that cover [low, high]: steps of 1, 2 or 5 times a power of ten."""
+    span = high - low if high > low else max(abs(low), 1.0)
+    rough = span / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
+    start, stop = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 10) + 0.0 for i in range(start, max(stop, start + 1) + 1)]
