@@ -1,8 +1,8 @@
 """Records of named arrays, and ArrayRecord shards of them with random access.
 
-A record is flat bytes: an 8-byte magic, the length of the JSON header and a CRC-32 of all that follows it
-(two little-endian uint32), the header padded with spaces to a multiple of 64 bytes, then each array's raw
-little-endian values at an offset that is a multiple of 64. Decoding copies nothing.
+A record is flat bytes: an 8-byte magic, the length of the JSON header and a CRC-32 of that length and of all
+that follows (two little-endian uint32), the header padded with spaces to a multiple of 64 bytes, then each
+array's raw little-endian values at an offset that is a multiple of 64. Decoding copies nothing.
 """
 
 import bisect
@@ -35,6 +35,10 @@ def _aligned(n: int) -> int:
     return -(-n // _ALIGNMENT) * _ALIGNMENT
 
 
+def _checksum(header_length: int, body: bytes | memoryview) -> int:
+    return zlib.crc32(body, zlib.crc32(header_length.to_bytes(4, "little")))
+
+
 def encode_record(meta: Mapping[str, Any], arrays: Mapping[str, Array]) -> bytes:
     """``meta`` (JSON values) and named arrays as bytes; equal input gives equal bytes.
 
@@ -54,7 +58,7 @@ def encode_record(meta: Mapping[str, Any], arrays: Mapping[str, Array]) -> bytes
     ).encode()
     header = text.ljust(_aligned(_PREFIX.size + len(text)) - _PREFIX.size)
     body = header + bytes(payload)
-    return _PREFIX.pack(MAGIC, len(header), zlib.crc32(body)) + body
+    return _PREFIX.pack(MAGIC, len(header), _checksum(len(header), body)) + body
 
 
 def decode_record(data: bytes) -> tuple[dict[str, Any], dict[str, Array]]:
@@ -67,7 +71,7 @@ def decode_record(data: bytes) -> tuple[dict[str, Any], dict[str, Array]]:
     magic, length, checksum = _PREFIX.unpack_from(data)
     if magic != MAGIC:
         raise RecordError(f"found the magic {magic!r}, expected {MAGIC!r}")
-    if zlib.crc32(memoryview(data)[_PREFIX.size :]) != checksum:
+    if _checksum(length, memoryview(data)[_PREFIX.size :]) != checksum:
         raise RecordError("the checksum does not match")
     start = _PREFIX.size + length
     header = json.loads(data[_PREFIX.size : start])

@@ -10,7 +10,19 @@ from PIL import Image
 from nabla_jax.conditioning.geometry import Placement, clip_box, mask_box, resize
 from nabla_jax.errors import UserError
 
-SIZES = [(1, 1), (1, 40), (40, 1), (7, 3), (90, 140), (141, 93), (100, 161), (161, 100), (100, 289), (33, 500), (96, 96)]
+SIZES = [
+    (1, 1),
+    (1, 40),
+    (40, 1),
+    (7, 3),
+    (90, 140),
+    (141, 93),
+    (100, 161),
+    (161, 100),
+    (100, 289),
+    (33, 500),
+    (96, 96),
+]
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -23,7 +35,7 @@ def smooth(height: int, width: int) -> np.ndarray:
     return np.stack([40 + rows * 0.7, 60 + columns * 0.5, 90 + rows * 0.3 + columns * 0.2], axis=2)
 
 
-# ---------------------------------------------------------------------------------------------------- resizing
+# -------------------------------------------------------------------------------- resizing
 
 
 @pytest.mark.parametrize("shape", [(37, 53), (96, 41), (5, 200)])
@@ -43,7 +55,9 @@ def test_area_is_the_block_mean(shape: tuple[int, int], size: tuple[int, int]) -
     np.testing.assert_allclose(resize(image.astype(float), *size, "area"), blocks.mean((1, 3)), atol=1e-9)
 
 
-@pytest.mark.parametrize(("shape", "size"), [((50, 70), (33, 21)), ((141, 93), (64, 64)), ((101, 7), (100, 5))])
+@pytest.mark.parametrize(
+    ("shape", "size"), [((50, 70), (33, 21)), ((141, 93), (64, 64)), ((101, 7), (100, 5))]
+)
 def test_area_with_fractional_cells_is_pillows_box(shape: tuple[int, int], size: tuple[int, int]) -> None:
     image = noise(*shape).astype(np.float32)
     # Pillow's box filter counts whole pixels; of a picture enlarged k times it approaches the exact area.
@@ -90,7 +104,7 @@ def test_resize_refuses_what_it_cannot_do() -> None:
         resize(np.ones((4, 4), bool), 2, 2)
 
 
-# -------------------------------------------------------------------------------------------------------- boxes
+# ------------------------------------------------------------------------------------ boxes
 
 
 def test_box_of_a_mask_is_half_open() -> None:
@@ -109,7 +123,7 @@ def test_clip_box_keeps_at_least_a_pixel() -> None:
     assert clip_box((25, 40, 30, 45), 20, 30) == (19, 29, 20, 30)
 
 
-# --------------------------------------------------------------------------------------------------- placements
+# ------------------------------------------------------------------------------- placements
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
@@ -230,7 +244,9 @@ def test_a_picture_of_another_size_is_refused() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 70), st.data())
-def test_any_crop_of_any_picture_on_any_canvas(height: int, width: int, size: int, data: st.DataObject) -> None:
+def test_any_crop_of_any_picture_on_any_canvas(
+    height: int, width: int, size: int, data: st.DataObject
+) -> None:
     top = data.draw(st.integers(0, height - 1))
     left = data.draw(st.integers(0, width - 1))
     box = (top, left, data.draw(st.integers(top + 1, height)), data.draw(st.integers(left + 1, width)))

@@ -19,7 +19,7 @@ def inat(tmp_path: Path) -> Path:
     return write_inat(tmp_path / "images" / "unseen")
 
 
-# ------------------------------------------------------------------------------------------------------- NABirds
+# ----------------------------------------------------------------------------------- NABirds
 
 
 def test_lists_in_different_orders_are_joined_by_id(nabirds: Path) -> None:
@@ -31,7 +31,11 @@ def test_lists_in_different_orders_are_joined_by_id(nabirds: Path) -> None:
             assert example.class_id == c
             assert example.image == nabirds / "images" / file_of(c, n)
             assert example.split == ("train" if n < 2 else "test")
-            assert example.mask is not None and example.mask.is_file() and example.mask.stem == example.image.stem
+            assert (
+                example.mask is not None
+                and example.mask.is_file()
+                and example.mask.stem == example.image.stem
+            )
             assert example.depth is not None and example.depth.is_file()
             assert example.credit == "Ann van der Photo"
 
@@ -64,7 +68,13 @@ def test_keypoints_are_rows_first_in_part_order(nabirds: Path) -> None:
 def test_captions_and_optional_lists(nabirds: Path) -> None:
     assert read_dataset(nabirds).by_id[id_of(295, 0)].caption == "A teal on a pond."
     assert read_dataset(nabirds).by_id[id_of(295, 1)].caption is None
-    for name in ("captions.json", "photographers.txt", "sizes.txt", "bounding_boxes.txt", "parts/part_locs.txt"):
+    for name in (
+        "captions.json",
+        "photographers.txt",
+        "sizes.txt",
+        "bounding_boxes.txt",
+        "parts/part_locs.txt",
+    ):
         (nabirds / name).unlink()
     example = read_dataset(nabirds).by_id[id_of(295, 0)]
     assert (example.caption, example.credit, example.box, example.keypoints) == (None,) * 4
@@ -146,12 +156,19 @@ def test_the_suffix_is_case_sensitive(nabirds: Path) -> None:
         read_dataset(nabirds)
 
 
-# ---------------------------------------------------------------------------------------------------- iNaturalist
+# -------------------------------------------------------------------------------- iNaturalist
 
 
 def test_photos_are_keyed_by_observation_and_stem(inat: Path) -> None:
     dataset = read_dataset(inat)
-    assert list(dataset.by_id) == ["111_9001", "111_9002", "222_photo_1", "222_photo_2", "333_photo_1", "333_9003"]
+    assert list(dataset.by_id) == [
+        "111_9001",
+        "111_9002",
+        "222_photo_1",
+        "222_photo_2",
+        "333_photo_1",
+        "333_9003",
+    ]
     first, other = dataset.by_id["222_photo_1"], dataset.by_id["333_photo_1"]
     assert first.image != other.image
     assert (first.class_name, other.class_name) == ("Tūī", "Cactus Wren")
@@ -182,7 +199,7 @@ def test_a_bad_row_is_named(inat: Path, old: str, new: str, message: str) -> Non
         read_dataset(inat)
 
 
-# ---------------------------------------------------------------------------------------------------------- names
+# -------------------------------------------------------------------------------------- names
 
 
 def test_names() -> None:
