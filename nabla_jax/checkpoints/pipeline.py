@@ -1,8 +1,8 @@
 """Pipeline folders in the published layout.
 
 - ``model_index.json``: the pipeline's class and the class of each component
-- ``transformer/``, ``vae/``, ``text_encoder/`` (CLIP), ``text_encoder_2/`` (T5): config.json and safetensors, one
-  file or shards with an index
+- ``transformer/``, ``vae/``, ``text_encoder/`` (CLIP), ``text_encoder_2/`` (T5): config.json and safetensors,
+  one file or shards with an index
 - ``tokenizer/``, ``tokenizer_2/``, ``scheduler/``
 """
 
@@ -150,7 +150,7 @@ def load_tokenizers(folder: StrPath) -> Tokenizers:
     def read(kind: Any, name: str) -> Any:
         try:
             return kind.from_pretrained(str(Path(folder) / name), local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # the compiled tokenizers raise bare Exception for a damaged file
             raise UserError(f"{Path(folder) / name}: the tokenizer cannot be read: {_line(error)}") from error
 
     return Tokenizers(clip=read(CLIPTokenizer, "tokenizer"), t5=read(T5Tokenizer, "tokenizer_2"))
@@ -172,7 +172,7 @@ def check_folder(folder: StrPath) -> None:
     """Raises one UserError listing everything that is missing or does not fit, without reading weights.
 
     Looked at are the index, all configs and whether the models' sizes agree with each other, the headers of
-    all weight files (a shard that is missing or cut short is found), and the files of tokenizers and scheduler.
+    all weight files (a shard that is missing or cut short is found), the tokenizers' and scheduler's files.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -198,7 +198,7 @@ def check_folder(folder: StrPath) -> None:
 def folder_hash(folder: StrPath) -> str:
     """SHA-256 (hex) of the weights of a pipeline folder or of one model's folder, read in pieces.
 
-    Covered are the names, sizes and contents (headers included) of the safetensors files that would be loaded.
+    Covered are names, sizes and contents (headers included) of the safetensors files that would be loaded.
     """
     folder = Path(folder)
     parts = [folder / name for name in PARTS] if (folder / "model_index.json").is_file() else [folder]

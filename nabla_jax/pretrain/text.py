@@ -104,8 +104,8 @@ def byte_symbols() -> list[str]:
 def merge_rules(words: Sequence[str]) -> list[tuple[str, str]]:
     """Merges under which byte-pair encoding turns every word into one token ending in ``</w>``.
 
-    A word that the rules so far leave in pieces gets a rule for its first two pieces, until one remains. Later
-    rules rank below earlier ones, so they never change how an earlier word is merged.
+    A word that the rules so far leave in pieces gets a rule for its first two pieces, until one remains.
+    Later rules rank below earlier ones, so they never change how an earlier word is merged.
     """
     rules: dict[tuple[str, str], int] = {}
     for word in words:
@@ -213,11 +213,11 @@ def _write_t5_tokenizer(folder: Path, words: Sequence[str]) -> None:
 def lower_case_map() -> str:
     """SentencePiece's normalisation table (base64) that turns A..Z into a..z.
 
-    A plain lower-casing step would be dropped by transformers 5, which keeps only this table of a T5 tokenizer.
-    It is a double-array trie of 32-bit units followed by the replacements, each ended by a zero byte. A unit
-    holds its label (bits 0-7), whether a key ends there (bit 8) and the offset (bits 10-30) that, XORed with the
-    unit's position and the next character, leads to the next unit; a leaf (bit 31) holds where the replacement
-    begins.
+    A plain lower-casing step would be dropped by transformers 5, which keeps only this table of a T5
+    tokenizer. It is a double-array trie of 32-bit units followed by the replacements, each ended by a zero
+    byte. A unit holds its label (bits 0-7), whether a key ends there (bit 8) and the offset (bits 10-30)
+    that, XORed with the unit's position and the next character, leads to the next unit; a leaf (bit 31) holds
+    where the replacement begins.
     """
     size = 256
     units = [0] * (2 * size)
