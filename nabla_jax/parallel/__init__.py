@@ -1,1 +1,1 @@
-"""Meshes and how arrays are laid out on them."""
+"""Meshes and how arrays are laid out on them (`mesh`); several processes as one run (`processes`)."""

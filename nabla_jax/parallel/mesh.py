@@ -26,8 +26,18 @@ def batched(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Moves a tree of host arrays to the mesh, cut along their leading axis."""
-    return jax.device_put(batch, batched(mesh))
+    """Moves a tree of host arrays to the mesh, cut along their leading axis.
+
+    Among several processes each gives its own rows; the result is all of them, in the order of the processes.
+    """
+    sharding = batched(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def put_replicated(tree: Any, mesh: Mesh) -> Any:
+    """Moves a tree of host arrays, the same in every process, to each device of the mesh."""
+    sharding = replicated(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x, x.shape), tree)
 
 
 def check_batch(batch: int, mesh: Mesh, key: str) -> None:

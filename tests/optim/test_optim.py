@@ -175,9 +175,11 @@ def test_parameters_and_state_can_both_be_donated(config: Optim) -> None:
         return optax.apply_updates(params, updates), state
 
     donating = jax.jit(step, donate_argnums=(0, 1))
-    for init in (optimizer.init, jax.jit(optimizer.init)):
-        params = _params()
-        state = init(params)
+    together = jax.jit(lambda params: (jax.tree.map(lambda p: 1 * p, params), optimizer.init(params)))
+    apart = (_params(), optimizer.init(_params()))
+    compiled = (_params(), jax.jit(optimizer.init)(_params()))
+    same = _params()
+    for params, state in (together(_params()), apart, compiled, (same, optimizer.init(same))):
         for gradient in gradients:
             params, state = donating(params, state, gradient)
         jax.tree.map(np.testing.assert_array_equal, params, expected)
