@@ -393,7 +393,7 @@ def _reader(
     """A function from an index into the leaf to that part of it, read from the file."""
     blocks = _published(name, shape, stacked)
     if _prefix(name, stacked) is None:
-        return lambda index: tensor(name, index).astype(dtype)
+        return lambda index: tensor(name, index).astype(dtype, copy=False)
 
     def read(index: Index) -> np.ndarray:
         rows = range(*index[0].indices(shape[0]))

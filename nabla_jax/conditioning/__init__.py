@@ -1,1 +1,1 @@
-"""Pictures or latents to branches of a forward pass."""
+"""What the transformer is conditioned on: placed pictures as branches, and encoded prompts."""

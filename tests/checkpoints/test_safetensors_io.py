@@ -1,6 +1,9 @@
 """Streaming of parameter trees: against the safetensors package's own reader and writer."""
 
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -225,6 +228,38 @@ def test_sharded_loading_reads_the_parts_of_the_same_arrays(file):
     assert sharded["head"]["weight"].sharding == rows
     everywhere = io.load_tree(file, abstract(), stacked=STACKED, sharding=flat)
     jax.tree.map(np.testing.assert_array_equal, plain, everywhere)
+
+
+def test_eight_devices_receive_their_own_parts(tmp_path):
+    rng = np.random.default_rng(1)
+    flat = {f"blocks.{i}.w": rng.normal(size=(4, 6)).astype(np.float32) for i in range(4)}
+    save_file(flat | {"head": rng.normal(size=(8, 3)).astype(np.float32)}, tmp_path / "model.safetensors")
+    program = """
+import sys
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from nabla_jax.checkpoints.safetensors_io import load_tree
+mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
+abstract = {
+    "blocks": {"w": jax.ShapeDtypeStruct((4, 4, 6), "float32")},
+    "head": jax.ShapeDtypeStruct((8, 3), "bfloat16"),
+}
+whole = load_tree(sys.argv[1], abstract, stacked=("blocks",))
+for first, second in ((P("a", None, "b"), P("a")), (P(None, "a"), P(("a", "b"))), (P("b", "a"), P())):
+    shardings = {"blocks": {"w": NamedSharding(mesh, first)}, "head": NamedSharding(mesh, second)}
+    parts = load_tree(sys.argv[1], abstract, stacked=("blocks",), sharding=shardings)
+    assert jax.tree.map(lambda x: x.sharding, parts) == shardings
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
+print(len(jax.devices()), "devices")
+"""
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "8 devices"
 
 
 def test_flatten_and_unflatten_are_inverse():
