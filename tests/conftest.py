@@ -1,4 +1,4 @@
-"""Settings of the whole suite: CPU, a persistent compilation cache, one thread per torch, and no silent skips."""
+"""Settings of the whole suite: CPU, a persistent compilation cache, no silent skips, no golden left unread."""
 
 import os
 import sys

@@ -86,9 +86,9 @@ def test_no_file_imports_what_only_tests_install() -> None:
 
 def loaded_by(*modules: str) -> set[str]:
     """Top-level packages in memory after importing modules in a fresh interpreter."""
-    code = f"import {', '.join(modules)}, json, sys; print(json.dumps(sorted({{n.split('.')[0] for n in sys.modules}})))"
+    code = f"import {', '.join(modules)}, json, sys; print(json.dumps(sorted(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(json.loads(out.stdout.splitlines()[-1]))
+    return {name.split(".")[0] for name in json.loads(out.stdout.splitlines()[-1])}
 
 
 def test_the_core_is_light_to_import() -> None:
@@ -99,12 +99,14 @@ def test_the_core_is_light_to_import() -> None:
 
 
 def test_errors_in_a_configuration_are_told_before_jax_loads() -> None:
-    found = loaded_by("nabla_jax", "nabla_jax.errors", "nabla_jax.config", "nabla_jax.train", "nabla_jax.generate")
+    found = loaded_by(
+        "nabla_jax", "nabla_jax.errors", "nabla_jax.config", "nabla_jax.train", "nabla_jax.generate"
+    )
     assert found & {"jax", "torch", "transformers"} == set()
 
 
 def test_the_embedded_size_is_no_code_path() -> None:
-    """The word stands in docstrings, comments, look-up of assets and the world's own folder, never in other code."""
+    """The word stands in docstrings, comments, look-up of assets and the world's own folder alone."""
     free = {PACKAGE / "toybirds", PACKAGE / "assets"}
     found = []
     for path in MODULES:

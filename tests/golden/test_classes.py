@@ -27,7 +27,9 @@ SUPERSEDED = {"preprocessing/raw_pairs", "preprocessing/*", "metrics/empty", "in
 
 def declared(file: str, tensor: str) -> dict | None:
     """The first row that matches."""
-    matches = (r for r in ROWS if fnmatch.fnmatchcase(file, r["file"]) and fnmatch.fnmatchcase(tensor, r["tensor"]))
+    matches = (
+        r for r in ROWS if fnmatch.fnmatchcase(file, r["file"]) and fnmatch.fnmatchcase(tensor, r["tensor"])
+    )
     return next(matches, None)
 
 
@@ -68,15 +70,22 @@ def test_nothing_stored_here_is_forgotten() -> None:
     assert folders == CASES
     for folder in folders:
         files = {p.stem for p in (HERE / "data" / folder / "dev").glob("*.safetensors")}
-        promised = {f for f in json.loads((HERE / "data" / folder / "dev" / "manifest.json").read_text())["files"]}
+        promised = set(json.loads((HERE / "data" / folder / "dev" / "manifest.json").read_text())["files"])
         assert files <= {f.removesuffix(".safetensors") for f in promised}
-        assert {f for f in promised if not postponed(f"{folder}/{f[:-12]}")} <= {f"{f}.safetensors" for f in files}
+        assert {f for f in promised if not postponed(f"{folder}/{f[:-12]}")} <= {
+            f"{f}.safetensors" for f in files
+        }
 
 
 PERTURBED = [
     ("schedules", "schedules", "sigmas", "golden/test_schedules.py"),
     ("flux_base", "fill", "output", "golden/test_flux_base.py::test_output_with_reference_frequencies"),
-    ("omini_kontext", "grads_base_default", "x_embedder.lora_A", "golden/test_omini_kontext.py::test_variant"),
+    (
+        "omini_kontext",
+        "grads_base_default",
+        "x_embedder.lora_A",
+        "golden/test_omini_kontext.py::test_variant",
+    ),
 ]
 
 
@@ -94,7 +103,11 @@ def test_a_changed_tensor_fails_the_run(case: str, file: str, tensor: str, test:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(HERE.parent / test)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     result = subprocess.run(
-        command, env={**environment, "NABLA_GOLDEN_DIR": str(root)}, capture_output=True, text=True, cwd=HERE.parents[1]
+        command,
+        env={**environment, "NABLA_GOLDEN_DIR": str(root)},
+        capture_output=True,
+        text=True,
+        cwd=HERE.parents[1],
     )
     assert result.returncode == 1, result.stdout + result.stderr
     assert "AssertionError" in result.stdout

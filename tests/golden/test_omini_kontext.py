@@ -1,4 +1,4 @@
-"""Two conditions beside the noise on a Kontext-like model: velocity, loss, every LoRA gradient, one training step."""
+"""Two conditions beside the noise on a Kontext-like model: velocity, loss, LoRA gradients, a training step."""
 
 import dataclasses
 import functools
@@ -103,7 +103,7 @@ def check_gradients(found: dict[str, np.ndarray], expected: dict[str, np.ndarray
     assert found.keys() == expected.keys()
     floor = GRADIENT_FLOOR * max(float(np.abs(g).max()) for g in expected.values())
     for name, value in expected.items():
-        # The floor belongs to the whole adapter; the second term lets no tensor with small entries hide below it.
+        # The floor belongs to the whole adapter; the second term lets no small tensor hide below it.
         allowed = min(floor, 2e-4 * float(np.abs(value).max()) + floor / 10)
         np.testing.assert_allclose(found[name], value, rtol=0, atol=allowed, err_msg=name)
 
@@ -131,7 +131,9 @@ def test_ids_and_times(case) -> None:
     for i, stream in enumerate(streams):
         np.testing.assert_array_equal(stream.time, data[f"timestep_branch{i}"])
         np.testing.assert_array_equal(stream.guidance, data[f"guidance_branch{i}"])
-    np.testing.assert_allclose(flow.interpolate(data["x0"], data["x1"], data["t"]), data["x_t"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        flow.interpolate(data["x0"], data["x1"], data["t"]), data["x_t"], rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("variant", ["base", "independent", "two_adapters"])
@@ -139,7 +141,9 @@ def test_variant(case, model, adapters, variant: str) -> None:
     used, independent = settings(case, variant)
     data = case.tensors("inputs")
     (loss, found), gradients = loss_and_gradients(model, adapters, data, used, independent)
-    np.testing.assert_array_equal(mask(branches(data, used, independent=independent)), case.tensor(variant, "group_mask"))
+    np.testing.assert_array_equal(
+        mask(branches(data, used, independent=independent)), case.tensor(variant, "group_mask")
+    )
     np.testing.assert_allclose(found, case.tensor(variant, "output"), rtol=0, atol=flux_golden.TIGHT)
     np.testing.assert_allclose(loss, case.tensor(variant, "loss"), rtol=3e-6)
     np.testing.assert_allclose(loss, case.scalar(f"{variant}.loss"), rtol=3e-6)
@@ -152,7 +156,9 @@ def test_variant(case, model, adapters, variant: str) -> None:
 
 def test_rematerialised_gradients(case, model, adapters) -> None:
     used, independent = settings(case, "base")
-    _, gradients = loss_and_gradients(model, adapters, case.tensors("inputs"), used, independent, remat="full")
+    _, gradients = loss_and_gradients(
+        model, adapters, case.tensors("inputs"), used, independent, remat="full"
+    )
     check_gradients(published(model[1], gradients["default"]), case.tensors("grads_base_default"))
 
 
@@ -161,7 +167,9 @@ def test_own_frequencies(case, model, adapters) -> None:
     graphdef, params = model
     used, _ = settings(case, "base")
     streams = branches(case.tensors("inputs"), used)
-    found = jax.jit(lambda a: layers.bind(graphdef, params)(streams, adapters=a))({"default": adapters["default"]})
+    found = jax.jit(lambda a: layers.bind(graphdef, params)(streams, adapters=a))(
+        {"default": adapters["default"]}
+    )
     np.testing.assert_allclose(found, case.tensor("base", "output"), rtol=0, atol=flux_golden.ATOL[1.0])
 
 
@@ -180,15 +188,19 @@ def test_no_lora(case, model) -> None:
 
 def test_lora_on_all_branches(case, model, adapters) -> None:
     found = forward(model, branches(case.tensors("inputs"), ["default"] * 4), adapters)
-    np.testing.assert_allclose(found, case.tensor("lora_all_branches", "output"), rtol=0, atol=flux_golden.TIGHT)
+    np.testing.assert_allclose(
+        found, case.tensor("lora_all_branches", "output"), rtol=0, atol=flux_golden.TIGHT
+    )
 
 
 def test_alpha_other_than_rank(case, model, adapters) -> None:
-    """The published code ignores alpha; with its factor of 1 handed in the numbers agree, with alpha / r they do not."""
+    """The published code ignores alpha: with a factor of 1 the numbers agree, with alpha / r they do not."""
     used, independent = settings(case, "alpha_ne_r")
     config = case.config["variants"]["alpha_ne_r"]
     data = case.tensors("inputs")
-    np.testing.assert_array_equal(mask(branches(data, used, independent=independent)), case.tensor("alpha_ne_r", "group_mask"))
+    np.testing.assert_array_equal(
+        mask(branches(data, used, independent=independent)), case.tensor("alpha_ne_r", "group_mask")
+    )
 
     def run(scale: float):
         scaled = {"default": dataclasses.replace(adapters["default"], scale=scale)}
@@ -251,7 +263,7 @@ def test_conditions_that_see_only_themselves_can_be_cached(case, model, adapters
         np.testing.assert_allclose(found, expected[name], rtol=0, atol=flux_golden.TIGHT)
 
 
-# ------------------------------------------------------------------------------------ from pictures to the loss
+# -------------------------------------------------------------------------- from pictures to the loss
 
 
 @functools.cache
@@ -288,10 +300,17 @@ def test_training_step(case, model, adapters) -> None:
     assert not data["txt_ids"].any()
     assert data["txt_ids"].shape == (data["prompt_embeds"].shape[1], 3)
     ours = {
-        **{name: data[name] for name in ("prompt_embeds", "pooled_prompt_embeds")},
-        **{"x0": x0, "x1": data["x_1"], "x_t": x_t, "t": time},
-        **{"img_ids": ids[0], "cond0_ids": ids[1], "cond1_ids": ids[2]},
-        **{"cond0_tokens": conditions[0], "cond1_tokens": conditions[1]},
+        "prompt_embeds": data["prompt_embeds"],
+        "pooled_prompt_embeds": data["pooled_prompt_embeds"],
+        "x0": x0,
+        "x1": data["x_1"],
+        "x_t": x_t,
+        "t": time,
+        "img_ids": ids[0],
+        "cond0_ids": ids[1],
+        "cond1_ids": ids[2],
+        "cond0_tokens": conditions[0],
+        "cond1_tokens": conditions[1],
     }
     used = [None, None, "default", "default"]
     (loss, prediction), gradients = loss_and_gradients(model, adapters, ours, used, False)

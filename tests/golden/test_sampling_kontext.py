@@ -60,10 +60,10 @@ def velocity(case, model, variant: str):
 
 
 def test_image_guidance(case, model) -> None:
-    """``unconditional + s (conditional - unconditional)``, the unconditional call without a mask, as published.
+    """``unconditional + s (conditional - unconditional)``, the unconditional call unmasked, as published.
 
-    The published code drops the mask there by oversight; every branch seeing every other is handed in as visibility.
-    The set does not hold s: it must be the same number at every step.
+    The published code drops the mask there by oversight; that every branch sees every other is handed in as
+    visibility. The set does not hold s: it must be the same number at every step.
     """
     graphdef, params, adapters = model
     data, sigmas = case.tensors("inputs"), levels(case)
@@ -71,7 +71,9 @@ def test_image_guidance(case, model) -> None:
 
     @jax.jit
     def unconditional(latents: jax.Array, sigma: jax.Array) -> jax.Array:
-        conditions = [omini.Condition(data[f"empty_{n}_tokens"], data[f"{n}_ids"], "default") for n in CONDITIONS]
+        conditions = [
+            omini.Condition(data[f"empty_{n}_tokens"], data[f"{n}_ids"], "default") for n in CONDITIONS
+        ]
         streams = omini.branches(
             data["prompt_embeds"],
             data["pooled_prompt_embeds"],

@@ -1,4 +1,4 @@
-"""The transformer against diffusers' FluxTransformer2DModel: tiny random weights, read by the production loader."""
+"""The transformer against diffusers' FluxTransformer2DModel: tiny random weights through the loader."""
 
 import itertools
 from pathlib import Path
@@ -44,7 +44,9 @@ def inputs(batch: int, grid: tuple[int, int], text: int = 5, channels: int = 12,
     rng = np.random.default_rng(seed)
     return {
         "hidden_states": rng.normal(size=(batch, grid[0] * grid[1], channels)).astype(np.float32),
-        "encoder_hidden_states": rng.normal(size=(batch, text, TINY["joint_attention_dim"])).astype(np.float32),
+        "encoder_hidden_states": rng.normal(size=(batch, text, TINY["joint_attention_dim"])).astype(
+            np.float32
+        ),
         "pooled_projections": rng.normal(size=(batch, TINY["pooled_projection_dim"])).astype(np.float32),
         "timestep": rng.uniform(0.05, 1, batch).astype(np.float32),
         "img_ids": omini.grid_ids(*grid),
