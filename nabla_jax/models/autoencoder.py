@@ -1,8 +1,9 @@
 """FLUX's variational autoencoder (the architecture published as ``AutoencoderKL``).
 
-Pictures are NCHW in [-1, 1]; latents have ``latent_channels`` channels and 1/8 of the height and width (one halving
-per level but the last). Attribute names follow the published checkpoints, so a parameter's path in the tree is its
-checkpoint name split at the dots.
+Pictures are NCHW in [-1, 1]; latents have ``latent_channels`` channels and 1/factor of the height and width (one
+halving per level but the last: 8 for FLUX). Attribute names follow the published checkpoints, so a parameter's
+path in the tree is its checkpoint name split at the dots. Between the ends of ``encode`` and ``decode`` all is
+NHWC: convolutions are compiled to that layout anyway, and transposing around each took a third of the time.
 """
 
 import json
@@ -37,7 +38,8 @@ _BLOCK_TYPES = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpD
 class AutoencoderKLConfig:
     """Sizes of an autoencoder, with the keys of the published ``vae/config.json``; defaults are FLUX's.
 
-    ``shift_factor`` and ``scaling_factor`` bring latents to unit scale: ``(z - shift_factor) * scaling_factor``.
+    ``shift_factor`` and ``scaling_factor`` bring latents to unit scale:
+    ``(z - shift_factor) * scaling_factor``.
     ``sample_size`` is the picture side (pixels) up to which no tiling is needed.
     """
 
@@ -84,8 +86,10 @@ class AutoencoderKLConfig:
             if others:
                 raise UserError(f"{where}: field {key}: found {others[0]!r}, expected {name!r}")
         values = {k: source[k] for k in cls.__dataclass_fields__ if k in source}
-        # The published class's own defaults differ from FLUX's: a missing key must not silently mean FLUX's value.
-        missing = [k for k in ("block_out_channels", "scaling_factor", "shift_factor") if values.get(k) is None]
+        # The published class's own defaults differ from FLUX's: a missing key must not mean FLUX's value.
+        missing = [
+            k for k in ("block_out_channels", "scaling_factor", "shift_factor") if values.get(k) is None
+        ]
         if missing:
             raise UserError(f"{where}: field {missing[0]}: missing, expected a value")
         defaults = {
@@ -101,7 +105,9 @@ class AutoencoderKLConfig:
         for key in _BLOCK_TYPES:
             count, levels = len(source.get(key, ())), len(config.block_out_channels)
             if key in source and count != levels:
-                raise UserError(f"{where}: field {key}: found {count} blocks, expected {levels} as in block_out_channels")
+                raise UserError(
+                    f"{where}: field {key}: found {count} blocks, expected {levels} as in block_out_channels"
+                )
         return config
 
     def check(self, where: str = "autoencoder config") -> None:
@@ -121,23 +127,58 @@ class AutoencoderKLConfig:
         return {"_class_name": "AutoencoderKL", **values, **blocks, **_FIXED, "force_upcast": True}
 
 
-class ResnetBlock(nnx.Module):
-    """Two (GroupNorm, SiLU, 3x3 convolution) and a residual connection (1x1 convolution if the width changes)."""
+def _convolve(conv: Conv2d, x: jax.Array) -> jax.Array:
+    """A convolution with [out, in, kh, kw] weights of NHWC pictures: [B, H, W, in] -> [B, H', W', out]."""
+    weight = conv.weight[...].astype(x.dtype)
+    strides = (conv.stride, conv.stride)
+    y = jax.lax.conv_general_dilated(
+        x, weight, strides, conv.padding, dimension_numbers=("NHWC", "OIHW", "NHWC")
+    )
+    return y if conv.bias is None else y + conv.bias[...].astype(x.dtype)
 
-    def __init__(self, in_channels: int, out_channels: int, groups: int, *, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
+
+def _normalise(norm: GroupNorm, x: jax.Array) -> jax.Array:
+    """GroupNorm (Wu & He 2018) of NHWC pictures: [B, H, W, C] -> same shape and dtype."""
+    b, h, w, c = x.shape
+    size = h * w * c // norm.groups
+
+    def group_mean(y: jax.Array) -> jax.Array:
+        # Over the pixels first, then over a group's channels: the wide axis stays innermost in memory.
+        total = y.sum((1, 2)).reshape(b, norm.groups, -1).sum(-1)
+        return jnp.repeat(total / size, c // norm.groups, axis=-1)[:, None, None]
+
+    # float32: statistics over up to a million pixels.
+    y = x.astype(jnp.float32)
+    y = y - group_mean(y)
+    scale = jax.lax.rsqrt(group_mean(y * y) + norm.eps) * norm.weight[...].astype(jnp.float32)
+    return (y * scale + norm.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def _norm_conv(norm: GroupNorm, conv: Conv2d, x: jax.Array) -> jax.Array:
+    return _convolve(conv, nnx.silu(_normalise(norm, x)))
+
+
+class ResnetBlock(nnx.Module):
+    """Two (GroupNorm, SiLU, 3x3 convolution) and a residual (by a 1x1 convolution if the width changes)."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, groups: int, *, rngs: nnx.Rngs, dtype: DTypeLike
+    ) -> None:
         self.norm1 = GroupNorm(groups, in_channels, eps=NORM_EPS, dtype=dtype)
         self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1, rngs=rngs, dtype=dtype)
         self.norm2 = GroupNorm(groups, out_channels, eps=NORM_EPS, dtype=dtype)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1, rngs=rngs, dtype=dtype)
         self.conv_shortcut = (
-            Conv2d(in_channels, out_channels, 1, rngs=rngs, dtype=dtype) if in_channels != out_channels else None
+            Conv2d(in_channels, out_channels, 1, rngs=rngs, dtype=dtype)
+            if in_channels != out_channels
+            else None
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, in, H, W] -> [B, out, H, W]."""
-        h = self.conv1(nnx.silu(self.norm1(x)))
-        h = self.conv2(nnx.silu(self.norm2(h)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        """[B, H, W, in] -> [B, H, W, out]."""
+        h = _norm_conv(self.norm1, self.conv1, x)
+        h = _norm_conv(self.norm2, self.conv2, h)
+        return h + (x if self.conv_shortcut is None else _convolve(self.conv_shortcut, x))
 
 
 class Attention(nnx.Module):
@@ -151,13 +192,12 @@ class Attention(nnx.Module):
         self.to_out = nnx.List([Linear(channels, channels, rngs=rngs, dtype=dtype)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, C, H, W] -> same shape and dtype."""
-        b, c, height, width = x.shape
-        tokens = self.group_norm(x).reshape(b, c, height * width).swapaxes(1, 2)
+        """[B, H, W, C] -> same shape and dtype."""
+        b, h, w, c = x.shape
+        tokens = _normalise(self.group_norm, x).reshape(b, h * w, c)
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
         out = jax.vmap(_attend)(q, k, v)
-        out = self.to_out[0](out).swapaxes(1, 2).reshape(b, c, height, width)
-        return x + out
+        return x + self.to_out[0](out).reshape(b, h, w, c)
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -178,11 +218,13 @@ class MidBlock(nnx.Module):
     """Resnet block, attention, resnet block."""
 
     def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
-        self.resnets = nnx.List([ResnetBlock(channels, channels, groups, rngs=rngs, dtype=dtype) for _ in range(2)])
+        self.resnets = nnx.List(
+            [ResnetBlock(channels, channels, groups, rngs=rngs, dtype=dtype) for _ in range(2)]
+        )
         self.attentions = nnx.List([Attention(channels, groups, rngs=rngs, dtype=dtype)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, C, H, W] -> same shape."""
+        """[B, H, W, C] -> same shape."""
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
@@ -193,8 +235,8 @@ class Downsample(nnx.Module):
         self.conv = Conv2d(channels, channels, 3, stride=2, padding=((0, 1), (0, 1)), rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, C, H, W] -> [B, C, H/2, W/2]."""
-        return self.conv(x)
+        """[B, H, W, C] -> [B, H/2, W/2, C]."""
+        return _convolve(self.conv, x)
 
 
 class Upsample(nnx.Module):
@@ -204,17 +246,24 @@ class Upsample(nnx.Module):
         self.conv = Conv2d(channels, channels, 3, padding=1, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, C, H, W] -> [B, C, 2H, 2W]."""
-        b, c, h, w = x.shape
-        x = jnp.broadcast_to(x[:, :, :, None, :, None], (b, c, h, 2, w, 2)).reshape(b, c, 2 * h, 2 * w)
-        return self.conv(x)
+        """[B, H, W, C] -> [B, 2H, 2W, C]."""
+        b, h, w, c = x.shape
+        x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+        return _convolve(self.conv, x)
 
 
 class DownBlock(nnx.Module):
     """One level of the encoder: resnet blocks, then a downsampler unless it is the last level."""
 
     def __init__(
-        self, channels: tuple[int, int], layers: int, groups: int, last: bool, *, rngs: nnx.Rngs, dtype: DTypeLike
+        self,
+        channels: tuple[int, int],
+        layers: int,
+        groups: int,
+        last: bool,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
     ) -> None:
         widths = [channels[0]] + [channels[1]] * layers
         pairs = zip(widths[:-1], widths[1:], strict=True)
@@ -222,7 +271,7 @@ class DownBlock(nnx.Module):
         self.downsamplers = None if last else nnx.List([Downsample(channels[1], rngs=rngs, dtype=dtype)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, in, H, W] -> [B, out, H/2, W/2] (the last level keeps H and W)."""
+        """[B, H, W, in] -> [B, H/2, W/2, out] (the last level keeps H and W)."""
         for resnet in self.resnets:
             x = resnet(x)
         return x if self.downsamplers is None else self.downsamplers[0](x)
@@ -232,7 +281,14 @@ class UpBlock(nnx.Module):
     """One level of the decoder: resnet blocks, then an upsampler unless it is the last level."""
 
     def __init__(
-        self, channels: tuple[int, int], layers: int, groups: int, last: bool, *, rngs: nnx.Rngs, dtype: DTypeLike
+        self,
+        channels: tuple[int, int],
+        layers: int,
+        groups: int,
+        last: bool,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
     ) -> None:
         widths = [channels[0]] + [channels[1]] * layers
         pairs = zip(widths[:-1], widths[1:], strict=True)
@@ -240,7 +296,7 @@ class UpBlock(nnx.Module):
         self.upsamplers = None if last else nnx.List([Upsample(channels[1], rngs=rngs, dtype=dtype)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, in, H, W] -> [B, out, 2H, 2W] (the last level keeps H and W)."""
+        """[B, H, W, in] -> [B, 2H, 2W, out] (the last level keeps H and W)."""
         for resnet in self.resnets:
             x = resnet(x)
         return x if self.upsamplers is None else self.upsamplers[0](x)
@@ -266,19 +322,23 @@ class Encoder(nnx.Module):
         self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, 3, H, W] -> [B, 2C, H/8, W/8]."""
-        x = self.conv_in(x)
+        """[B, H, W, 3] -> [B, H/factor, W/factor, 2C]."""
+        x = _convolve(self.conv_in, x)
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
-        return self.conv_out(nnx.silu(self.conv_norm_out(x)))
+        return _norm_conv(self.conv_norm_out, self.conv_out, x)
 
 
 class Decoder(nnx.Module):
     """Latents -> pictures."""
 
     def __init__(self, config: AutoencoderKLConfig, *, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
-        widths, groups, layers = config.block_out_channels[::-1], config.norm_num_groups, config.layers_per_block + 1
+        widths, groups, layers = (
+            config.block_out_channels[::-1],
+            config.norm_num_groups,
+            config.layers_per_block + 1,
+        )
         self.conv_in = Conv2d(config.latent_channels, widths[0], 3, padding=1, rngs=rngs, dtype=dtype)
         self.mid_block = MidBlock(widths[0], groups, rngs=rngs, dtype=dtype)
         self.up_blocks = nnx.List(
@@ -288,17 +348,19 @@ class Decoder(nnx.Module):
         self.conv_out = Conv2d(widths[-1], config.out_channels, 3, padding=1, rngs=rngs, dtype=dtype)
 
     def __call__(self, z: jax.Array) -> jax.Array:
-        """[B, C, h, w] -> [B, 3, 8h, 8w]."""
-        x = self.mid_block(self.conv_in(z))
+        """[B, h, w, C] -> [B, factor*h, factor*w, 3]."""
+        x = self.mid_block(_convolve(self.conv_in, z))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(nnx.silu(self.conv_norm_out(x)))
+        return _norm_conv(self.conv_norm_out, self.conv_out, x)
 
 
 class AutoencoderKL(nnx.Module):
-    """Convolutional variational autoencoder with one attention at the lowest resolution (Rombach et al. 2022)."""
+    """Convolutional variational autoencoder, attention at the lowest resolution (Rombach et al. 2022)."""
 
-    def __init__(self, config: AutoencoderKLConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
+    def __init__(
+        self, config: AutoencoderKLConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
+    ) -> None:
         config.check()
         c = config.latent_channels
         self.encoder = Encoder(config, rngs=rngs, dtype=dtype)
@@ -314,24 +376,25 @@ class AutoencoderKL(nnx.Module):
           images: [B, 3, H, W] in [-1, 1]; H and W multiples of ``config.factor``.
 
         Returns:
-          [B, 2C, H/factor, W/factor]: mean (first C channels) and log-variance (last C, clipped to [-30, 20]).
+          [B, 2C, H/factor, W/factor]: mean (first C channels) and log-variance (last C, in [-30, 20]).
 
         Raises:
           ValueError: H or W is no multiple of the factor.
         """
         if images.shape[2] % self.factor or images.shape[3] % self.factor:
             raise ValueError(f"picture is {images.shape[2:]} pixels, expected multiples of {self.factor}")
-        moments = self.encoder(images)
+        moments = self.encoder(images.transpose(0, 2, 3, 1))
         if self.quant_conv is not None:
-            moments = self.quant_conv(moments)
-        mean, logvar = jnp.split(moments, 2, axis=1)
+            moments = _convolve(self.quant_conv, moments)
+        mean, logvar = jnp.split(moments.transpose(0, 3, 1, 2), 2, axis=1)
         return jnp.concatenate([mean, jnp.clip(logvar, *LOGVAR_RANGE)], axis=1)
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Unscaled latents [B, C, h, w] -> pictures [B, 3, factor*h, factor*w], nominally in [-1, 1], not clipped."""
+        """Unscaled latents [B, C, h, w] -> pictures [B, 3, factor*h, factor*w], not clipped to [-1, 1]."""
+        x = latents.transpose(0, 2, 3, 1)
         if self.post_quant_conv is not None:
-            latents = self.post_quant_conv(latents)
-        return self.decoder(latents)
+            x = _convolve(self.post_quant_conv, x)
+        return self.decoder(x).transpose(0, 3, 1, 2)
 
 
 def sample_latents(moments: jax.Array, eps: jax.Array, config: AutoencoderKLConfig) -> jax.Array:
