@@ -116,6 +116,7 @@ class Config:
     source: str = ""  # the file and argument it was read from; filled in by load
 
 
+T = typing.TypeVar("T")
 Verb = typing.Literal["prepare", "train", "generate", "evaluate"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -176,6 +177,14 @@ def load(spec: str, overrides: Mapping[str, str] | Sequence[tuple[str, str]] = (
         _override(values, key, text, spec)
     config = from_dict(values, spec)
     return dataclasses.replace(config, source=spec)
+
+
+def load_as(kind: type[T], file: str) -> T:
+    """Reads a configuration file into another dataclass than ``Config``, with the same checks of keys and types."""
+    path, _, arg = file.partition(":")
+    built = _build(kind, _plain(_run(Path(path), arg)), "", file)
+    assert isinstance(built, kind)
+    return built
 
 
 def parse_command(
@@ -359,6 +368,10 @@ def _value(kind: Any, value: Any, key: str, where: str) -> Any:
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
         return value
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if type(None) in args:
+        return None if value is None else _value(next(a for a in args if a is not type(None)), value, key, where)
+    if origin is tuple and isinstance(value, list | tuple) and args[1:] == (...,):
+        return tuple(_value(args[0], v, key, where) for v in value)
     if origin is tuple and isinstance(value, list | tuple) and len(value) == len(args):
         return tuple(_value(a, v, key, where) for a, v in zip(args, value, strict=True))
     if origin is dict and isinstance(value, Mapping):

@@ -25,6 +25,7 @@ from nabla_jax.checkpoints.safetensors_io import save_tree
 from nabla_jax.errors import UserError
 from nabla_jax.models import layers
 from nabla_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
+from nabla_jax.pretrain.state import load_arrays, save_arrays
 
 Params = layers.Params
 
@@ -187,26 +188,13 @@ def draw_batch(
 
 def save_state(path: Path, state: State) -> None:
     """Writes a checkpoint; an interrupted write leaves the previous one in place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    leaves = jax.tree.leaves((state.params, state.ema, state.optimizer))
-    flat = {f"{i:05d}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
-    temporary = path.with_suffix(".part")
-    save_file({k: np.ascontiguousarray(v) for k, v in flat.items()}, temporary, {"step": str(state.step)})
-    os.replace(temporary, path)
+    save_arrays(path, state.step, (state.params, state.ema, state.optimizer))
 
 
 def load_state(path: Path, like: State) -> State:
     """Reads a checkpoint written by ``save_state``. Raises UserError if it belongs to another model."""
-    with safe_open(path, "numpy") as f:
-        step = int(f.metadata()["step"])
-    flat = load_file(path)
-    leaves, structure = jax.tree.flatten((like.params, like.ema, like.optimizer))
-    found = [flat[name].shape for name in sorted(flat)]
-    expected = [np.shape(leaf) for leaf in leaves]
-    if found != expected:
-        raise UserError(f"{path}: array shapes: found those of another model, expected this config's")
-    params, ema, state = jax.tree.unflatten(structure, [jnp.asarray(flat[name]) for name in sorted(flat)])
-    return State(step, params, ema, state)
+    step, (params, ema, optimizer) = load_arrays(path, (like.params, like.ema, like.optimizer))
+    return State(step, params, ema, optimizer)
 
 
 def reconstruct(

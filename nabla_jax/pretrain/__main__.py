@@ -1,0 +1,149 @@
+"""Makes a small base checkpoint from nothing: pictures, autoencoder, latents, transformer, published folder.
+
+    python -m nabla_jax.pretrain --config configs/toy_base.py
+
+Every part continues where it stopped; ``--seconds`` ends the transformer's training early with what it has.
+"""
+
+import argparse
+import dataclasses
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nabla_jax import config as configs
+from nabla_jax.checkpoints import pipeline
+from nabla_jax.conditioning.text import embed
+from nabla_jax.models import layers
+from nabla_jax.models.autoencoder import AutoencoderKLConfig
+from nabla_jax.models.flux import FluxConfig
+from nabla_jax.pretrain import autoencoder, latents, pictures, text, transformer
+from nabla_jax.pretrain.state import load_arrays
+from nabla_jax.runs import read_json, run_main, write_json
+
+_HELD_OUT = 100
+_MEASURED = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """Everything one base checkpoint is made of.
+
+    Attributes:
+      folder: where pictures, latents and training states are kept.
+      output: the checkpoint folder to write.
+      size: side of the square pictures, pixels.
+      prompt: the plain caption.
+      text_length: T5 tokens.
+      pictures: what to draw.
+      autoencoder: how to train the autoencoder.
+      autoencoder_model: its sizes; shift and scale are measured.
+      transformer: how to train the transformer.
+      transformer_model: its sizes.
+    """
+
+    folder: str
+    output: str
+    size: int
+    prompt: str
+    text_length: int
+    pictures: pictures.PictureConfig
+    autoencoder: autoencoder.Settings
+    autoencoder_model: AutoencoderKLConfig
+    transformer: transformer.Settings
+    transformer_model: FluxConfig
+
+
+def make_autoencoder(config: PretrainConfig, drawn: pictures.Pictures) -> dict[str, float]:
+    """Trains the autoencoder and writes ``vae/``; returns its quality on individuals it never saw."""
+    folder, output = Path(config.folder), Path(config.output)
+    measured = folder / "autoencoder.json"
+    if measured.exists() and (output / "vae" / "config.json").exists():
+        found: dict[str, float] = read_json(measured)
+        return found
+    size = config.size
+    images, masks = drawn.pictures.reshape(-1, size, size, 3), drawn.masks.reshape(-1, size, size)
+    held = 2 * _HELD_OUT
+    log = folder / "autoencoder.jsonl"
+    graphdef, state = autoencoder.train(
+        config.autoencoder_model, config.autoencoder, images[:-held], masks[:-held],
+        held_out=(images[-held:], masks[-held:]), checkpoint=folder / "autoencoder.safetensors",
+        report=latents.report_to(log), every=100,
+    )  # fmt: skip
+    _, values = autoencoder.reconstruct(graphdef, state.ema, images[:_MEASURED])
+    model = autoencoder.with_measured_scale(config.autoencoder_model, values)
+    decoded, _ = autoencoder.reconstruct(graphdef, state.ema, images[-held:])
+    quality = {
+        "steps": state.step,
+        "psnr_bird": autoencoder.psnr(images[-held:], decoded, masks[-held:]),
+        "psnr": autoencoder.psnr(images[-held:], decoded),
+    }
+    autoencoder.save(output / "vae", model, state.ema)
+    write_json(measured, quality)
+    return quality
+
+
+def train_transformer(
+    config: PretrainConfig, encoded: transformer.Latents, seconds: float | None
+) -> tuple[transformer.State, Any]:
+    """Trains transformer and text encoders together, continuing from their last state."""
+    folder, output = Path(config.folder), Path(config.output)
+    encoders = text.make_text_encoders(output, jax.random.key(config.transformer.seed))
+    start = {"clip": encoders.clip.params, "t5": encoders.t5.params}
+
+    def encode_text(params: layers.Params, t5: jax.Array, clip: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return embed(encoders, params["clip"], params["t5"], clip, t5)
+
+    state = transformer.train(
+        config.transformer_model, start, encode_text, encoded, config.transformer,
+        checkpoint=folder / "transformer.safetensors", report=latents.report_to(folder / "transformer.jsonl"),
+        seconds=seconds,
+    )  # fmt: skip
+    return state, encoders
+
+
+def write_checkpoint(config: PretrainConfig, state: transformer.State, encoders: Any) -> None:
+    """Writes the averaged weights in the published layout, bfloat16."""
+    output = Path(config.output)
+    pipeline.save_part(
+        output, "transformer", config.transformer_model, state.ema["transformer"], dtype=jnp.bfloat16
+    )
+    kept = dataclasses.replace(
+        encoders,
+        clip=dataclasses.replace(encoders.clip, params=state.ema["text"]["clip"]),
+        t5=dataclasses.replace(encoders.t5, params=state.ema["text"]["t5"]),
+    )
+    text.save_text_encoders(output, kept, dtype=jnp.bfloat16)
+    pipeline.write_index(output)
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument("--workers", type=int, default=2, help="processes that draw pictures")
+    parser.add_argument("--seconds", type=float, default=None, help="stop the transformer's training after this long")
+    args = parser.parse_args(argv)
+    config = configs.load_as(PretrainConfig, args.config)
+    world: Any = importlib.import_module(config.pictures.world)
+    output = Path(config.output)
+    drawn = pictures.render(config.pictures, Path(config.folder) / "pictures", args.workers)
+    print(f"autoencoder: {make_autoencoder(config, drawn)}")
+    text.write_tokenizers(output, world.CAPTION_WORDS)
+    vae = pipeline.load_vae(output)
+    tokenizers = pipeline.load_tokenizers(output)
+    encoded = latents.encode(
+        drawn, vae, tokenizers, Path(config.folder) / "latents", size=config.size, prompt=config.prompt,
+        text_length=config.text_length, clip_length=tokenizers.clip.model_max_length,
+    )  # fmt: skip
+    state, encoders = train_transformer(config, encoded, args.seconds)
+    write_checkpoint(config, state, encoders)
+    print(f"{output}: {state.step} steps")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,333 @@
+"""Trains a small FLUX.1-Kontext from scratch: captions and in-context pictures of fresh individuals.
+
+Every step has one task for its whole batch, drawn from (seed, step):
+
+- ``caption``: caption → picture.
+- ``reference``: another view of the same individual is in the noisy stream (index 1), as FLUX.1-Kontext reads it.
+- ``edit``: the same picture with rectangles blanked out is in the stream.
+
+The text encoders train along. Every sample depends on (seed, step) alone, so a continued run equals an unbroken one.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from nabla_jax.conditioning import omini
+from nabla_jax.flow.path import pack
+from nabla_jax.models import layers
+from nabla_jax.models.flux import Flux, FluxConfig
+from nabla_jax.models.layers import Params
+from nabla_jax.pretrain.state import load_arrays, save_arrays
+
+TASKS = ("caption", "reference", "edit")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to train.
+
+    Attributes:
+      steps: number of updates.
+      batch: samples per update.
+      learning_rate: of Muon for the matrices inside blocks and of AdamW for the rest.
+      warmup: steps of linear warm-up.
+      decay: share of the steps, at the end, over which the learning rate falls linearly to zero.
+      ema: decay of the averaged weights, which are the ones kept.
+      tasks: share of steps per task, in the order of ``TASKS``.
+      curriculum: share of the steps during which references are aligned copies with falling probability.
+      fixed_caption: share of samples whose caption is the plain one that tells nothing of the plumage.
+      bird_weight: weight of tokens that show the bird against background tokens.
+      guidance: range of the guidance scales drawn.
+      seed: of every random draw.
+    """
+
+    steps: int = 20_000
+    batch: int = 64
+    learning_rate: float = 2e-3
+    warmup: int = 200
+    decay: float = 0.3
+    ema: float = 0.999
+    tasks: tuple[float, float, float] = (0.15, 0.6, 0.25)
+    curriculum: float = 0.15
+    fixed_caption: float = 0.5
+    bird_weight: float = 3.0
+    guidance: tuple[float, float] = (1.0, 5.0)
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Latents:
+    """Encoded pictures: scaled latents float16 [N, 2, C, h, w] of whole views and of the birds' crops.
+
+    Attributes:
+      whole: the views as they are.
+      crop: the bird's box, padded to a square with white.
+      blank: [C, h, w], a black picture.
+      cover: uint8 [N, 2, h/2, w/2], share of the token that shows the bird, 0..255.
+      t5: int32 [N, 2, T] T5 token ids of each view's caption.
+      clip: int32 [N, 2, T'] CLIP token ids.
+      plain_t5: [T] and plain_clip: [T'] ids of the plain caption.
+    """
+
+    whole: np.ndarray
+    crop: np.ndarray
+    blank: np.ndarray
+    cover: np.ndarray
+    t5: np.ndarray
+    clip: np.ndarray
+    plain_t5: np.ndarray
+    plain_clip: np.ndarray
+
+
+@dataclasses.dataclass
+class State:
+    """Everything a training continues from."""
+
+    step: int
+    params: Params
+    ema: Params
+    optimizer: Any
+
+
+EncodeText = Callable[[Params, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def silence(params: Params) -> Params:
+    """Initial values under which every block starts as a small, gated residual branch (Peebles & Xie 2023)."""
+
+    def start(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        names = [key.key for key in path]
+        if names[0] == "proj_out":
+            return jnp.zeros_like(leaf)
+        if {"norm1", "norm1_context", "norm", "norm_out"} & set(names) and "linear" in names:
+            if names[-1] == "weight":
+                return jnp.zeros_like(leaf)
+            chunks = {"norm1": 6, "norm1_context": 6, "norm": 3}.get(names[-3], 2)
+            gates = {6: (2, 5), 3: (2,), 2: ()}[chunks]
+            return jnp.concatenate(
+                [jnp.full_like(c, 0.5 if i in gates else 0.0) for i, c in enumerate(jnp.split(leaf, chunks, -1))], -1
+            )
+        # Queries and keys that start alike make a token look first at its own place and at tokens like itself.
+        return leaf
+
+    params = jax.tree_util.tree_map_with_path(start, params)
+    for blocks in ("transformer_blocks", "single_transformer_blocks"):
+        params[blocks]["attn"]["to_k"] = jax.tree.map(jnp.copy, params[blocks]["attn"]["to_q"])
+    return params
+
+
+def optimizer(settings: Settings) -> optax.GradientTransformation:
+    """Muon (orthogonalised momentum) for matrices of blocks, AdamW for all else; clipped, warmed up, decayed."""
+    start = int(settings.steps * (1 - settings.decay))
+    schedule = optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, settings.learning_rate, settings.warmup),
+            optax.constant_schedule(settings.learning_rate),
+            optax.linear_schedule(settings.learning_rate, 0.0, settings.steps - start),
+        ],
+        [settings.warmup, start],
+    )
+
+    def dimensions(params: Params) -> Any:
+        def spec(path: tuple[Any, ...], leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+            names = [key.key for key in path]
+            # Modulations are looked up by time, not multiplied by features of a token: AdamW suits them better.
+            if leaf.ndim != 3 or "linear" in names or not names[1].endswith("transformer_blocks"):
+                return None
+            return optax.contrib.MuonDimensionNumbers(reduction_axis=2, output_axis=1)
+
+        return jax.tree_util.tree_map_with_path(spec, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.contrib.muon(
+            schedule,
+            weight_decay=0.01,
+            adam_b2=0.99,
+            adam_weight_decay=0.0,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=dimensions,
+        ),
+    )
+
+
+def blank_rectangles(key: jax.Array, latents: jax.Array, blank: jax.Array) -> jax.Array:
+    """Replaces one or two rectangles of each picture's latents by those of a black picture.
+
+    Args:
+      key: PRNG key.
+      latents: [B, C, h, w].
+      blank: [C, h, w].
+    """
+    b, _, h, w = latents.shape
+    rows, columns = jnp.arange(h)[None, None, :], jnp.arange(w)[None, None, :]
+    draw = jax.random.uniform(key, (4, b, 2, 1))
+    top, left = draw[0] * h * 0.6, draw[1] * w * 0.6
+    height, width = (0.3 + 0.5 * draw[2]) * h, (0.3 + 0.5 * draw[3]) * w
+    inside_rows = (rows >= top) & (rows < top + height)
+    inside_columns = (columns >= left) & (columns < left + width)
+    hole = (inside_rows[:, :, :, None] & inside_columns[:, :, None, :]).any(1)
+    return jnp.where(hole[:, None], blank, latents)
+
+
+def loss(
+    graphdef: Any, params: Params, encode_text: EncodeText, batch: Mapping[str, jax.Array], key: jax.Array,
+    task: str, settings: Settings,
+) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
+    """Weighted velocity error of one batch.
+
+    Args:
+      graphdef: the transformer's graph.
+      params: {"transformer", "text"}.
+      encode_text: (text parameters, T5 ids, CLIP ids) -> (prompt [B, T, E], pooled [B, P]).
+      batch: target, reference [B, C, h, w]; blank [C, h, w]; cover [B, h/2 * w/2]; t5, clip ids.
+      key: PRNG key of the step.
+      task: one of ``TASKS``.
+      settings: weights and ranges.
+
+    Returns:
+      The loss and {"bird": unweighted error on tokens that show the bird}.
+    """
+    noise_key, time_key, guidance_key, hole_key = jax.random.split(key, 4)
+    target = batch["target"].astype(jnp.float32)
+    b, _, h, w = target.shape
+    x0 = pack(target)
+    x1 = jax.random.normal(noise_key, x0.shape)
+    t = jax.nn.sigmoid(jax.random.normal(time_key, (b,)))
+    xt = (1 - t[:, None, None]) * x0 + t[:, None, None] * x1
+    guidance = jax.random.uniform(guidance_key, (b,), minval=settings.guidance[0], maxval=settings.guidance[1])
+    prompt, pooled = encode_text(params["text"], batch["t5"], batch["clip"])
+    if task == "caption":
+        references = []
+    else:
+        picture = batch["reference"].astype(jnp.float32)
+        if task == "edit":
+            picture = blank_rectangles(hole_key, target, batch["blank"])
+        references = [(pack(picture), omini.grid_ids(h // 2, w // 2, index=1))]
+    branches = omini.native(
+        prompt, pooled, xt, omini.grid_ids(h // 2, w // 2), t, guidance=guidance, references=references
+    )
+    velocity = layers.bind(graphdef, params["transformer"])(branches)[:, : x0.shape[1]]
+    error = jnp.mean((velocity - (x1 - x0)) ** 2, axis=-1)
+    weight = 1 + (settings.bird_weight - 1) * batch["cover"]
+    weighted = jnp.sum(error * weight) / jnp.sum(weight)
+    return weighted, {"bird": jnp.sum(error * batch["cover"]) / jnp.sum(batch["cover"])}
+
+
+def draw_batch(latents: Latents, step: int, settings: Settings) -> tuple[str, dict[str, np.ndarray]]:
+    """The task and the arrays of one step."""
+    rng = np.random.default_rng((settings.seed, step))
+    task = TASKS[int(np.searchsorted(np.cumsum(settings.tasks), rng.random() * sum(settings.tasks)))]
+    index = rng.integers(len(latents.whole), size=settings.batch)
+    view = rng.integers(2, size=settings.batch)
+    # Aligned copies first, then shifted and scaled ones (the crop of the same view), then the other view.
+    ramp = step / max(settings.curriculum * settings.steps, 1)
+    same = rng.random(settings.batch) < max(0.0, 1.0 - ramp) * 0.8
+    other = np.where(same, view, 1 - view)
+    cropped = rng.random(settings.batch) < np.where(same, 0.5, 0.75)
+    reference = np.where(
+        cropped[:, None, None, None], latents.crop[index, other], latents.whole[index, other]
+    )
+    plain = rng.random(settings.batch) < (0.05 if task == "caption" else settings.fixed_caption)
+    return task, {
+        "target": latents.whole[index, view],
+        "reference": reference,
+        "cover": latents.cover[index, view].reshape(settings.batch, -1).astype(np.float32) / 255,
+        "t5": np.where(plain[:, None], latents.plain_t5, latents.t5[index, view]),
+        "clip": np.where(plain[:, None], latents.plain_clip, latents.clip[index, view]),
+    }
+
+
+def make_step(
+    graphdef: Any, encode_text: EncodeText, blank: np.ndarray, settings: Settings
+) -> Callable[..., tuple[Params, Params, Any, dict[str, jax.Array]]]:
+    """The compiled update, one program per task."""
+    tx = optimizer(settings)
+
+    @functools.partial(jax.jit, static_argnames="task", donate_argnums=(0, 1, 2))
+    def step(
+        params: Params, ema: Params, state: Any, number: jax.Array, batch: dict[str, jax.Array], task: str
+    ) -> tuple[Params, Params, Any, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(settings.seed), number)
+        (value, metrics), grads = jax.value_and_grad(
+            lambda p: loss(graphdef, p, encode_text, {**batch, "blank": jnp.asarray(blank)}, key, task, settings),
+            has_aux=True,
+        )(params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        # The average follows closely at first, else early parameters linger in it.
+        decay = jnp.minimum(settings.ema, (1 + number) / (10 + number))
+        ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, ema, params)
+        return params, ema, state, {"loss": value, "gradient_norm": optax.global_norm(grads), **metrics}
+
+    return step
+
+
+def initialize(config: FluxConfig, text: Params, seed: int) -> tuple[Any, Params]:
+    """The transformer's graph and {"transformer", "text"} parameters to start from."""
+    graphdef, params = layers.initialize(lambda r: Flux(config, rngs=r), jax.random.key(seed))
+    return graphdef, {"transformer": silence(params), "text": text}
+
+
+def train(
+    config: FluxConfig, text: Params, encode_text: EncodeText, latents: Latents, settings: Settings, *,
+    checkpoint: Path, report: Callable[[dict[str, float]], None], every: int = 100, save_every: int = 500,
+    start: Params | None = None, seconds: float | None = None,
+) -> State:  # fmt: skip
+    """Trains to ``settings.steps`` (or for ``seconds``), continuing from ``checkpoint`` if it exists.
+
+    Args:
+      config: sizes of the transformer.
+      text: initial parameters of the text encoders.
+      encode_text: see ``loss``.
+      latents: encoded pictures.
+      settings: how to train.
+      checkpoint: file to continue from and to write every ``save_every`` steps.
+      report: receives {step, samples_per_second, and per task loss and bird error} every ``every`` steps.
+      every: steps between reports.
+      save_every: steps between checkpoints.
+      start: parameters to start from instead of fresh ones, when there is no checkpoint.
+      seconds: wall-clock limit; the state is saved when it is reached.
+
+    Returns:
+      The last state; ``state.ema`` are the parameters to keep.
+    """
+    graphdef, fresh = initialize(config, text, settings.seed)
+    params = fresh if start is None else jax.tree.map(jnp.array, start)
+    state = State(0, params, jax.tree.map(jnp.copy, params), optimizer(settings).init(params))
+    if checkpoint.exists():
+        step, (p, e, o) = load_arrays(checkpoint, (state.params, state.ema, state.optimizer))
+        state = State(step, p, e, o)
+    update = make_step(graphdef, encode_text, latents.blank, settings)
+    begun = clock = time.monotonic()
+    gathered: dict[str, list[jax.Array]] = {}
+    done = 0
+    while state.step < settings.steps:
+        task, batch = draw_batch(latents, state.step, settings)
+        state.params, state.ema, state.optimizer, metrics = update(
+            state.params, state.ema, state.optimizer, state.step, batch, task=task
+        )
+        state.step += 1
+        done += 1
+        gathered.setdefault(f"{task}_loss", []).append(metrics["loss"])
+        gathered.setdefault(f"{task}_bird", []).append(metrics["bird"])
+        over = seconds is not None and time.monotonic() - begun > seconds
+        if state.step % every == 0 or state.step == settings.steps or over:
+            means = {name: float(np.mean([float(v) for v in values])) for name, values in gathered.items()}
+            rate = done * settings.batch / (time.monotonic() - clock)
+            report({"step": state.step, "samples_per_second": rate, **means})
+            gathered, done, clock = {}, 0, time.monotonic()
+        if state.step % save_every == 0 or state.step == settings.steps or over:
+            save_arrays(checkpoint, state.step, (state.params, state.ema, state.optimizer))
+        if over:
+            break
+    return state
