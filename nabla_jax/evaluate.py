@@ -443,11 +443,10 @@ def _score_pair(benchmark: Benchmark, out: Path, model: str, seed: int, pair: Pa
         shuffled = None if job.shuffled is None else read_rgb(job.shuffled)
     else:
         picture = draw_reference(model, benchmark, pair, pair.subject_id, seed)
-        shuffled = (
-            None
-            if job.other_subject is None
-            else draw_reference(model, benchmark, pair, job.other_subject, seed)
-        )
+        other = job.other_subject
+        # A picture without a bird in it cannot stand in for the subject.
+        usable = other is not None and _read(benchmark, other)[1].any()
+        shuffled = draw_reference(model, benchmark, pair, other, seed) if other and usable else None
     score = dataclasses.replace(
         score, rmse=pixels.masked_rmse(picture, target, mask), ssim=pixels.masked_ssim(picture, target, mask)
     )

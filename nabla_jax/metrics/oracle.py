@@ -68,7 +68,8 @@ def open_oracle(root: pathlib.Path) -> World | None:
 
 def ask(oracle: World, subject_id: str, target_id: str, mask: Array) -> tuple[Array, RightAnswer]:
     """(the right answer's whole picture [H, W, 3], the oracle's pixels inside `mask` [H, W] bool)."""
-    right = oracle.right(subject_id, target_id)
+    lineup = oracle.lineup(subject_id, target_id)
+    right = lineup[0]
     if right.shape[:2] != mask.shape:
         raise UserError(
             f"oracle: right answer of {subject_id} in {target_id} is {right.shape[0]}x{right.shape[1]}, "
@@ -79,13 +80,13 @@ def ask(oracle: World, subject_id: str, target_id: str, mask: Array) -> tuple[Ar
         right=right[mask],
         sibling=oracle.sibling(subject_id, target_id)[mask],
         sibling_plumage=None if plumage is None else plumage[mask],
-        lineup=np.stack([picture[mask] for picture in oracle.lineup(subject_id, target_id)]),
+        lineup=np.stack([picture[mask] for picture in lineup]),
     )
     return right, answer
 
 
 def pack(right: Array, answer: RightAnswer) -> bytes:
-    """An answer as the bytes of a compressed .npz."""
+    """An answer as the bytes of an .npz."""
     arrays = {
         "right": right,
         "inside": answer.right,
@@ -95,7 +96,7 @@ def pack(right: Array, answer: RightAnswer) -> bytes:
     if answer.sibling_plumage is not None:
         arrays["sibling_plumage"] = answer.sibling_plumage
     stream = io.BytesIO()
-    np.savez_compressed(stream, allow_pickle=False, **arrays)
+    np.savez(stream, allow_pickle=False, **arrays)
     return stream.getvalue()
 
 

@@ -203,14 +203,16 @@ def differences(comparisons: Rows) -> str:
         clear = row["low"] > 0 or row["high"] < 0
         relative = "" if row["relative"] is None else f"{100 * row['relative']:+.1f} %".replace("-", "−")
         lines.append(
-            f"<tr><td>{escape(row['benchmark'])}</td><td>{escape(row['model'])}</td><td>{NAMES[row['metric']]}</td>"
+            f"<tr><td>{escape(row['benchmark'])}</td><td>{escape(row['model'])}</td>"
+            f"<td>{NAMES[row['metric']]}</td>"
             f'<td class="clear">{_cell(row, clear)}</td><td>{relative}</td><td>{row["n"]}</td></tr>'
         )
     columns = ("benchmark", "model", "metric", "difference", "relative", "pairs")
     head = "".join(f"<th>{name}</th>" for name in columns)
+    baseline = escape(comparisons[0]["baseline"])
     return (
-        f"<p>Each pair's value minus that of {escape(comparisons[0]['baseline'])} on the same pair; bold where "
-        "the interval excludes zero.</p><details><summary>Show the table</summary>"
+        f"<p>Each pair's value minus that of {baseline} on the same pair; bold where the interval "
+        "excludes zero.</p><details><summary>Show the table</summary>"
         + _html_table(head, "".join(lines))
         + "</details>"
     )

@@ -1,0 +1,446 @@
+"""The evaluate command on a world whose numbers follow from its construction."""
+
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nabla_jax import evaluate as verb
+from nabla_jax.data.pairs import benchmark_pairs
+from nabla_jax.errors import UserError
+from nabla_jax.images import read_rgb, write_image
+from nabla_jax.metrics import pixels, statistics, summary
+from tests import fake_world
+
+ROOT = Path(__file__).resolve().parent.parent
+PAIRS = 14
+MODELS = {
+    "perfect": lambda right, sibling, target, mask: right,
+    "sibling": lambda right, sibling, target, mask: sibling,
+    "untuned": lambda right, sibling, target, mask: np.where(mask[..., None], 128.0, target),
+    "half": lambda right, sibling, target, mask: (right + sibling) / 2,
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    fake_world.write_world(folder / "birds")
+    for name, make in MODELS.items():
+        fake_world.write_pictures(folder / "birds", folder / "pictures" / name / "ellipses", make)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def registered(tmp_path_factory, monkeypatch):
+    monkeypatch.syspath_prepend(str(fake_world.register(tmp_path_factory.mktemp("installed"))))
+
+
+def run(world, out, names=tuple(MODELS), root="birds", **options):
+    pictures = {name: world / "pictures" / name for name in names}
+    return verb.evaluate(pictures, {"ellipses": world / root}, out, workers=0, **options)
+
+
+@pytest.fixture(scope="module")
+def results(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(fake_world.register(tmp_path_factory.mktemp("installed"))))
+        rows = run(world, out)
+    return out, {(r["model"], r["metric"]): r for r in rows}
+
+
+def test_every_set_and_reference_point_has_every_metric(results):
+    _, rows = results
+    assert set(rows) == {(m, k) for m in (*MODELS, *verb.REFERENCES) for k in summary.METRICS}
+    for row in rows.values():
+        assert list(row) == ["model", "benchmark", "metric", "mean", "low", "high", "n"]
+        assert row["low"] <= row["mean"] <= row["high"] and row["n"] == PAIRS
+        assert row["benchmark"] == "ellipses"
+
+
+def test_the_right_answer_scores_one_the_sibling_zero_and_their_mean_a_half(results):
+    _, rows = results
+    assert rows["perfect", "normalised_identity"]["mean"] == 1
+    assert rows["perfect", "rmse"]["mean"] == 0  # here the target shows the subject's very identity
+    assert rows["perfect", "ssim"]["mean"] == 1
+    assert rows["perfect", "identification_rate"]["mean"] == 1
+    assert rows["sibling", "normalised_identity"]["mean"] == 0
+    assert rows["sibling", "identification_rate"]["mean"] == 0
+    assert rows["half", "normalised_identity"]["mean"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_subject_effect_has_the_sign_of_what_the_subject_does(results):
+    _, rows = results
+    assert rows["perfect", "subject_effect"]["low"] > 0.3
+    assert rows["half", "subject_effect"]["low"] > 0
+    for model in ("untuned", "copy-target"):  # neither looks at the subject
+        assert [rows[model, "subject_effect"][k] for k in ("mean", "low", "high")] == [0, 0, 0]
+    assert rows["flat-colour", "subject_effect"]["low"] > 0
+    assert rows["paste-subject", "subject_effect"]["low"] > 0
+
+
+def test_reference_points_rank_as_they_must(results):
+    _, rows = results
+    assert rows["copy-target", "rmse"]["mean"] == 0
+    rmse = {m: rows[m, "rmse"]["mean"] for m in verb.REFERENCES}
+    assert rmse["paste-subject"] < rmse["flat-colour"]
+    assert rmse["same-class"] < rmse["sibling-class"]
+    assert rows["paste-subject", "identification_rate"]["mean"] == 1
+
+
+def test_per_pair_numbers_agree_with_a_direct_computation(world, results):
+    out, rows = results
+    scores = {s.pair: s for s in summary.from_csv(out / "pairs" / "ellipses" / "half.csv")}
+    oracle = fake_world.Oracle(world / "birds")
+    right, sibling, classes = [], [], []
+    for pair in benchmark_pairs(world / "birds"):
+        folder = world / "pictures" / "half" / "ellipses"
+        answer = oracle.right(pair.subject_id, pair.target_id)
+        class_id, number = oracle.values["images"][pair.target_id]
+        mask = fake_world.draw((0, 0, 0), (0, 0, 0), fake_world.scene(number))[1]
+        score = scores[pair.key]
+        assert score.right_error == pixels.masked_rmse(
+            read_rgb(folder / "right" / f"{pair.key}.png"), answer, mask
+        )
+        shuffled = read_rgb(folder / "shuffled" / f"{pair.key}.png")
+        assert score.shuffled_error == pixels.masked_rmse(shuffled, answer, mask)
+        other = oracle.sibling(pair.subject_id, pair.target_id)
+        assert score.sibling_error == pixels.masked_rmse(other, answer, mask)
+        assert (score.sibling_plumage_error is None) == (class_id not in (21, 22))
+        assert score.pixels == mask.sum() and score.class_id == class_id and score.lineup == 6
+        right.append(score.right_error)
+        sibling.append(score.sibling_error)
+        classes.append(class_id)
+    interval = statistics.ratio_interval(np.subtract(sibling, right), sibling, classes, seed=0)
+    row = rows["half", "normalised_identity"]
+    assert [row[k] for k in ("mean", "low", "high")] == pytest.approx(
+        [interval.mean, interval.low, interval.high], abs=1e-6
+    )
+
+
+def test_breakdown_and_comparisons(results):
+    out, rows = results
+    breakdown = json.loads((out / "breakdown.json").read_text())
+    values = {(r["model"], r["group"], r["value"], r["metric"]): r for r in breakdown}
+    assert values["perfect", "qualifier", "Female", "normalised_identity"]["mean"] == 1
+    assert values["perfect", "qualifier", "Female", "normalised_identity"]["n"] == 2
+    assert values["perfect", "all", "", "normalised_identity_plumage"]["n"] == 4
+    assert {v for _, g, v, _ in values if g == "order"} == {"Family A", "Family B"}
+    comparisons = {(r["model"], r["metric"]): r for r in json.loads((out / "comparisons.json").read_text())}
+    row = comparisons["half", "rmse"]
+    assert row["baseline"] == "untuned" and row["n"] == PAIRS
+    difference = rows["half", "rmse"]["mean"] - rows["untuned", "rmse"]["mean"]
+    assert row["mean"] == pytest.approx(difference, abs=2e-6)
+    assert row["relative"] == pytest.approx(difference / rows["untuned", "rmse"]["mean"], abs=1e-5)
+    assert comparisons["perfect", "rmse"]["relative"] == -1
+
+
+def test_the_printed_table_holds_the_summary(results):
+    out, rows = results
+    text = summary.text_table(list(rows.values()))
+    lines = text.splitlines()
+    assert len({len(line) for line in lines if line.startswith("ellipses")}) == 1
+    assert lines[0].split() == ["benchmark", "model", *summary.METRICS, "n"]
+    cell = summary.format_cell(rows["half", "normalised_identity"])
+    line = next(line for line in lines if line.split()[1:2] == ["half"])
+    assert cell in line and line.endswith(f" {PAIRS}")
+    assert (out / "summary.md").read_text().count("\n") == 2 + len(MODELS) + len(verb.REFERENCES)
+
+
+def files(out):
+    return {
+        p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file() and "cache" not in p.parts
+    }
+
+
+def test_a_second_run_changes_nothing_and_works_on_nothing(world, results, tmp_path, monkeypatch):
+    out = tmp_path / "copy"
+    shutil.copytree(results[0], out)
+    before = files(out)
+    for name in ("score_pairs", "render_answers"):
+        monkeypatch.setattr(verb, name, lambda *a, name=name: pytest.fail(f"{name} was called again"))
+    run(world, out)
+    assert files(out) == before
+
+
+def test_work_stopped_at_any_set_ends_with_the_same_files(world, results, tmp_path, monkeypatch):
+    for stop_after in (0, 5):
+        out, calls, real = tmp_path / str(stop_after), [], verb._store_scores
+
+        def store(*arguments, calls=calls, real=real, stop_after=stop_after):
+            if len(calls) == stop_after:
+                raise KeyboardInterrupt
+            calls.append(arguments)
+            real(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(verb, "_store_scores", store)
+            with pytest.raises(KeyboardInterrupt):
+                run(world, out)
+        run(world, out)
+        expected = files(results[0])
+        assert {k: v for k, v in files(out).items() if k.name != ".lock"} == {
+            k: v for k, v in expected.items() if k.name != ".lock"
+        }
+
+
+def test_a_changed_picture_or_damaged_table_is_scored_again(world, results, tmp_path):
+    out, copy = tmp_path / "out", tmp_path / "world"
+    shutil.copytree(world, copy)
+    run(copy, out)
+    first = (out / "summary.json").read_bytes()
+    manifest = copy / "pictures" / "half" / "ellipses" / "right" / "manifest.jsonl"
+    manifest.write_text("".join(reversed(manifest.read_text().splitlines(keepends=True))))
+    table = out / "pairs" / "ellipses" / "perfect.csv"
+    table.write_text(table.read_text().replace("0.0", "9.0"))
+    run(copy, out)
+    assert (
+        out / "summary.json"
+    ).read_bytes() == first  # the order of rows is no change, the table is made again
+    fake_world.write_pictures(
+        copy / "birds", copy / "pictures" / "half" / "ellipses", MODELS["sibling"], settings={"seed": 1}
+    )
+    rows = {(r["model"], r["metric"]): r["mean"] for r in run(copy, out)}
+    assert rows["half", "normalised_identity"] == 0
+
+
+def test_missing_pictures_are_an_error_that_lists_them(world, tmp_path):
+    copy = tmp_path / "world"
+    shutil.copytree(world, copy)
+    (copy / "pictures" / "half" / "ellipses" / "right" / "3_1in2.png").unlink()
+    (copy / "pictures" / "half" / "ellipses" / "shuffled" / "5_2in1.png").unlink()
+    with pytest.raises(
+        UserError, match=r"half ellipses/right: 1 of 14 \(3_1in2\); .*shuffled: 1 of 14 \(5_2in1\)"
+    ):
+        run(copy, tmp_path / "out", ["half", "untuned"])
+    rows = run(copy, tmp_path / "out", ["half", "untuned"], allow_missing=True)
+    n = {(r["model"], r["metric"]): r["n"] for r in rows}
+    assert n["half", "rmse"] == 13 and n["half", "subject_effect"] == 12 and n["untuned", "rmse"] == PAIRS
+    missing = json.loads((tmp_path / "out" / "evaluation.json").read_text())["missing"]
+    assert [(m["kind"], m["pairs"]) for m in missing] == [("right", ["3_1in2"]), ("shuffled", ["5_2in1"])]
+
+
+def test_a_pair_with_an_empty_mask_is_excluded_counted_and_listed(tmp_path, capsys):
+    empty = fake_world.picture_id(20, 0)
+    fake_world.write_world(tmp_path / "birds", empty=empty)
+    rows = verb.evaluate({}, {"ellipses": tmp_path / "birds"}, tmp_path / "out", workers=0)
+    # A subject of another pair may have been replaced by the picture without a bird.
+    assert {r["n"] for r in rows if r["metric"] != "subject_effect"} == {PAIRS - 2}
+    about = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert set(about["benchmarks"][0]["excluded"]) == {"0_1in2", "0_2in1"}
+    assert "2 of 14 pairs excluded" in capsys.readouterr().out
+
+
+def test_without_an_oracle_there_are_pixel_metrics_only_and_a_note(world, tmp_path, capsys):
+    shutil.copytree(world / "birds", tmp_path / "plain")
+    (tmp_path / "plain" / "oracle.json").unlink()
+    pictures = {"half": world / "pictures" / "half"}
+    rows = verb.evaluate(pictures, {"ellipses": tmp_path / "plain"}, tmp_path / "out", workers=0)
+    assert {r["metric"] for r in rows} == {"rmse", "ssim"}
+    assert "no oracle" in capsys.readouterr().out
+
+
+def test_a_set_without_shuffled_pictures_has_no_subject_effect_and_a_note(world, tmp_path, capsys):
+    folder = tmp_path / "pictures" / "ellipses"
+    shutil.copytree(world / "pictures" / "half" / "ellipses" / "right", folder / "right")
+    rows = verb.evaluate(
+        {"half": tmp_path / "pictures"}, {"ellipses": world / "birds"}, tmp_path / "out", workers=0
+    )
+    assert {r["metric"] for r in rows if r["model"] == "half"} == set(summary.METRICS) - {"subject_effect"}
+    assert "no shuffled pictures" in capsys.readouterr().out
+
+
+def test_pictures_of_another_size_are_compared_at_their_own(world, tmp_path):
+    shutil.copytree(world / "pictures" / "perfect", tmp_path / "pictures")
+    for path in (tmp_path / "pictures").rglob("*.png"):
+        write_image(read_rgb(path).repeat(2, 0).repeat(2, 1), path)
+    rows = verb.evaluate(
+        {"large": tmp_path / "pictures"}, {"ellipses": world / "birds"}, tmp_path / "out", workers=0
+    )
+    values = {r["metric"]: r["mean"] for r in rows if r["model"] == "large"}
+    assert values["rmse"] == 0 and values["normalised_identity"] == 1
+
+
+def edit_manifest(world, folder, **changes):
+    shutil.copytree(world / "pictures" / "half", folder)
+    path = folder / "ellipses" / "right" / "manifest.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[3].update(changes)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"target_id": fake_world.picture_id(26, 3)}, "manifest.jsonl: pair 1_2in1 is .* expected"),
+        ({"subject_used": fake_world.picture_id(26, 3)}, "manifest.jsonl: pair 1_2in1: subject_used is"),
+    ],
+)
+def test_pictures_of_other_pairs_are_refused(world, tmp_path, changes, words):
+    edit_manifest(world, tmp_path / "pictures", **changes)
+    with pytest.raises(UserError, match=words):
+        verb.evaluate(
+            {"half": tmp_path / "pictures"}, {"ellipses": world / "birds"}, tmp_path / "out", workers=0
+        )
+
+
+def test_damaged_inputs_are_named(world, tmp_path):
+    shutil.copytree(world, tmp_path / "world")
+    picture = tmp_path / "world" / "pictures" / "half" / "ellipses" / "right" / "0_1in2.png"
+    picture.write_bytes(picture.read_bytes()[:60])
+    with pytest.raises(UserError, match="0_1in2.png: not a readable picture"):
+        run(tmp_path / "world", tmp_path / "out", ["half"])
+    mask = min((tmp_path / "world" / "birds" / "masks" / "0020").iterdir())
+    write_image(np.zeros((9, 9), np.uint8), mask)
+    with pytest.raises(UserError, match=f"{mask.name}: mask is 9x9"):
+        run(tmp_path / "world", tmp_path / "out", ["perfect"])
+    mask.unlink()
+    with pytest.raises(UserError, match="found no mask for 1 of 14"):
+        run(tmp_path / "world", tmp_path / "out", ["perfect"])
+
+
+def test_an_unknown_world_is_named(world, tmp_path):
+    shutil.copytree(world / "birds", tmp_path / "birds")
+    path = tmp_path / "birds" / "oracle.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"world": "elsewhere"}))
+    with pytest.raises(UserError, match="world 'elsewhere' is not installed.*ellipses"):
+        verb.evaluate({}, {"ellipses": tmp_path / "birds"}, tmp_path / "out", workers=0)
+    path.write_text("{}")
+    with pytest.raises(UserError, match="oracle.json: found no readable field 'world'"):
+        verb.evaluate({}, {"ellipses": tmp_path / "birds"}, tmp_path / "out", workers=0)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("half", "expected NAME=FOLDER"),
+        ("copy-target=.", "is taken"),
+        ("half=/does/not/exist", "no such folder"),
+    ],
+)
+def test_picture_arguments_are_checked(word, message):
+    with pytest.raises(UserError, match=message):
+        verb._named_folders([word])
+
+
+def test_reference_points_draw_from_the_right_classes(world):
+    benchmark = verb.open_benchmark(world / "birds")
+    species = {e.id: (e.species, e.class_id) for e in benchmark.dataset.examples}
+    for pair in benchmark.pairs:
+        subject = benchmark.dataset.by_id[pair.subject_id]
+        mates = verb._class_mates(benchmark, pair.subject_id, pair)
+        assert len(mates) == 2 and {species[i][1] for i in mates} == {subject.class_id}
+        siblings = verb._siblings(benchmark, pair.subject_id)
+        family = {20: 0, 21: 0, 22: 0, 23: 0}.get(subject.class_id, 1)
+        names = {f"Bird {s}" for s in range(3 * family, 3 * family + 3)}
+        assert {species[i][0] for i in siblings} == names - {subject.species}
+
+
+def command(world, out, config, *extra):
+    return [
+        sys.executable, "-m", "nabla_jax.evaluate", "--config", str(config), "--out", str(out),
+        *(w for m in MODELS for w in ("--pictures", f"{m}={world / 'pictures' / m}")), *extra,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def config(world, tmp_path):
+    """The shipped configuration with this world as its only benchmark."""
+    path = tmp_path / "config.py"
+    path.write_text(
+        "from configs import omk_fill\n\n\ndef get_config(arg=''):\n    config = omk_fill.get_config(arg)\n"
+        f"    config.benchmarks = {{'ellipses': {str(world / 'birds')!r}}}\n"
+        "    config.sample.seed = 0\n    return config\n"
+    )
+    return path
+
+
+def test_the_command_with_two_processes_equals_the_function_even_when_killed(
+    world, results, config, tmp_path
+):
+    environment = fake_world.environment(fake_world.register(tmp_path / "installed"))
+    out = tmp_path / "out"
+    started = subprocess.Popen(
+        command(world, out, config),
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not list(out.glob("cache/*/*.npz")) and started.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    done = subprocess.run(
+        command(world, out, config, "--report"),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (out / "summary.json").read_bytes() == (results[0] / "summary.json").read_bytes()
+    assert summary.text_table(json.loads((out / "summary.json").read_text())) in done.stdout
+    assert (out / "index.html").is_file()
+
+
+def test_a_mistake_is_one_line_and_status_two(world, config, tmp_path):
+    arguments = ["--pictures", f"other={tmp_path}"]
+    done = subprocess.run(
+        command(world, tmp_path / "out", config, *arguments),
+        cwd=ROOT,
+        env=fake_world.environment(fake_world.register(tmp_path / "installed")),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert (
+        done.stderr.strip().count("\n") == 0
+        and "missing pictures: other ellipses/right: 14 of 14" in done.stderr
+    )
+
+
+def test_scoring_loads_no_framework():
+    code = "import sys, nabla_jax.evaluate; sys.exit('jax' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_scores_survive_their_table(tmp_path):
+    scores = [
+        summary.PairScore(
+            "0_1in2", "a", "b", 3, "Order, one", 'Bird "x"', "", 12, 0.1 + 0.2, None, 1e-17, rank=3
+        ),
+        summary.PairScore("0_2in1", "b", "a", 3, "", "Bird", "Male", 0, excluded="the mask of a is empty"),
+    ]
+    path = tmp_path / "scores.csv"
+    path.write_text(summary.to_csv(scores))
+    assert summary.from_csv(path) == scores
+    path.write_text(path.read_text().replace("0.30000000000000004", "much"))
+    with pytest.raises(UserError, match="scores.csv: damaged"):
+        summary.from_csv(path)
+
+
+def test_the_fingerprint_follows_the_data(world, tmp_path):
+    shutil.copytree(world / "birds", tmp_path / "birds")
+
+    def fingerprint():
+        verb.open_benchmark.cache_clear()
+        return verb.open_benchmark(tmp_path / "birds").fingerprint
+
+    before = fingerprint()
+    assert fingerprint() == before
+    names = tmp_path / "birds" / "classes.txt"
+    names.write_text(names.read_text().replace("Bird 0", "Fowl 0"))
+    assert fingerprint() != before
+    assert len(before) == 16 and set(before) <= set(hashlib.sha256().hexdigest() + "0123456789abcdef")
