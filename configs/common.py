@@ -85,12 +85,12 @@ def toy(config: ConfigDict) -> ConfigDict:
     config.base.path = "asset:toy-flux-kontext"
     config.base.obtain = ""
     config.data.root = "data/toybirds/nabirds"
-    config.data.prepared = "prepared/toybirds-kontext-96"
+    config.data.prepared = "prepared/toybirds-kontext-48"
     config.data.obtain = "python -m nabla_jax.toybirds --out data/toybirds"
     config.benchmarks = ConfigDict(
         {"toy-nabla": "data/toybirds/nabirds", "toy-inat-unseen": "data/toybirds/inat/unseen"}
     )
-    config.conditioning.size = 96
+    config.conditioning.size = 48
     config.conditioning.text_length = 16
     config.lora.rank = 8
     config.lora.alpha = 8.0

@@ -20,7 +20,7 @@ report=runs/demo/report
 config=(
     --config configs/omk_fill.py:toy
     "--config.data.root=$world/nabirds"
-    "--config.data.prepared=prepared/toybirds-kontext-96$suffix"
+    "--config.data.prepared=prepared/toybirds-kontext-48$suffix"
     "--config.benchmarks.toy-nabla=$world/nabirds"
     "--config.benchmarks.toy-inat-unseen=$world/inat/unseen"
     "--config.train.workdir=$run/train"

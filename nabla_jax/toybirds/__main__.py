@@ -1,4 +1,4 @@
-"""python -m nabla_jax.toybirds --out DIR [--seed 0] [--size 96] [--images 1600] [--workers 2]"""
+"""python -m nabla_jax.toybirds --out DIR [--seed 0] [--size 48] [--images 1600] [--workers 2]"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--out", required=True, help="folder to write; must be missing, empty or this very world"
     )
     parser.add_argument("--seed", type=int, default=0, help="which world")
-    parser.add_argument("--size", type=int, default=96, help="long side of the pictures in pixels")
+    parser.add_argument("--size", type=int, default=48, help="long side of the pictures in pixels")
     parser.add_argument("--images", type=int, default=1600, help="pictures in nabirds/")
     parser.add_argument("--orders", type=int, default=4, help="orders, each of 3 families of 6 species")
     parser.add_argument("--pose", choices=("photo", "free"), default="photo", help="free: any direction")

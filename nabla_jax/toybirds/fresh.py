@@ -12,7 +12,7 @@ from nabla_jax.toybirds.scene import Scene, draw_scene
 def fresh_scenes(
     seed: int,
     index: int,
-    size: int = 96,
+    size: int = 48,
     views: int = 2,
     pose_range: float = 1.0,
     mirror_probability: float = 0.5,
@@ -32,12 +32,12 @@ def fresh_scenes(
 def fresh_pair(
     seed: int,
     index: int,
-    size: int = 96,
+    size: int = 48,
     views: int = 2,
     pose_range: float = 1.0,
     mirror_probability: float = 0.5,
     pose: str = "photo",
-    antialias: int = 2,
+    antialias: int | None = None,
 ) -> list[Render]:
     """`views` pictures of one fresh bird on (size, size) canvases; (seed, index) fixes every pixel.
 
@@ -52,7 +52,7 @@ def fresh_pair(
 def fresh_captions(
     seed: int,
     index: int,
-    size: int = 96,
+    size: int = 48,
     views: int = 2,
     pose_range: float = 1.0,
     mirror_probability: float = 0.5,

@@ -423,10 +423,13 @@ def _pool(x: Array, n: int) -> Array:
     return total * F32(1 / (n * n))
 
 
-def render(identity: Identity, scene: Scene, antialias: int = 2) -> Render:
-    """Picture `identity` in `scene`; `antialias` is the number of rays per pixel and axis (>= 1)."""
+def render(identity: Identity, scene: Scene, antialias: int | None = None) -> Render:
+    """Picture `identity` in `scene`; `antialias` is the number of rays per pixel and axis (>= 1).
+
+    By default 2, and more on small canvases, so that there are at least 192 rays along the long side.
+    """
     height, width = scene.canvas
-    n = antialias
+    n = antialias or max(2, math.ceil(192 / max(scene.canvas)))
     centres, axes, scale, origin = place(identity.shape, scene)
     fine_origin = (origin[0] * n, origin[1] * n)
     near, fine_parts = _cast(centres, axes, scale * n, fine_origin, height * n, width * n)

@@ -54,7 +54,7 @@ class Scene:
 
 def draw_scene(
     rng: np.random.Generator,
-    size: int = 96,
+    size: int = 48,
     pose_range: float = 1.0,
     facing: str | None = None,
     pose: str = "photo",

@@ -65,7 +65,7 @@ class Settings:
     """
 
     seed: int = 0
-    size: int = 96
+    size: int = 48
     images: int = 1600
     orders: int = 4
     pose: str = "photo"

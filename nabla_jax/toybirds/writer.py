@@ -235,7 +235,7 @@ def _remove_leftovers(out: Path) -> None:
 def write_world(
     out: str | Path,
     seed: int = 0,
-    size: int = 96,
+    size: int = 48,
     images: int = 1600,
     workers: int = 2,
     orders: int = 4,
