@@ -48,7 +48,7 @@ def test_part_map_and_depth_equal_a_brute_force_ray_caster(pose):
 def test_mask_depth_and_parts_cover_the_same_pixels_and_the_bird_fills_the_canvas():
     for index in range(12):
         shot = fresh_pair(4, index)[0]
-        assert shot.rgb.dtype == np.uint8 and shot.rgb.shape == (96, 96, 3)
+        assert shot.rgb.dtype == np.uint8 and shot.rgb.shape == (48, 48, 3)
         np.testing.assert_array_equal(shot.mask, shot.parts > 0)
         np.testing.assert_array_equal(shot.mask, shot.depth > 0)
         assert shot.parts.max() < len(PARTS)
@@ -56,7 +56,7 @@ def test_mask_depth_and_parts_cover_the_same_pixels_and_the_bird_fills_the_canva
         x, y, w, h = shot.box
         assert abs(columns.min() - x) < 2.5 and abs(columns.max() + 1 - x - w) < 2.5
         assert abs(rows.min() - y) < 2.5 and abs(rows.max() + 1 - y - h) < 2.5
-        assert 0.72 <= max(w, h) / 96 <= 0.95
+        assert 0.72 <= max(w, h) / 48 <= 0.95
         assert shot.mask.mean() > 0.15
 
 
