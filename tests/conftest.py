@@ -1,4 +1,4 @@
-"""Settings of the whole suite: CPU, a persistent compilation cache, no silent skips, no golden left unread."""
+"""Settings of the whole suite: CPU, a persistent compilation cache, no silent skips, no unread golden."""
 
 import os
 import sys

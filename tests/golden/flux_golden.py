@@ -16,8 +16,8 @@ from nabla_jax.models import flux, layers
 from nabla_jax.models.flux import Branch, Flux, FluxConfig
 from tests.golden import golden
 
-# Tolerances with our own sinusoid frequencies: the argument 1000 * value * frequency is rounded to float32, and
-# one unit in the last place of it moves the output by this much (for guidance up to 1, 3.5 and 30).
+# Tolerances with our own sinusoid frequencies: the argument 1000 * value * frequency is rounded to float32,
+# and one unit in the last place of it moves the output by this much (for guidance up to 1, 3.5 and 30).
 ATOL = {1.0: 2e-5, 3.5: 3e-4, 30.0: 2e-3}
 # With the reference's frequencies handed in only the rounding of the sums remains.
 TIGHT = 1e-5

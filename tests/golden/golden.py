@@ -45,9 +45,7 @@ class Case:
         """Value of a scalar of the manifest: a number, a list or a dict."""
         scalars = self.manifest["scalars"]
         if name not in scalars:
-            raise AssertionError(
-                f"{self.folder}/manifest.json: no scalar {name!r}; there are {sorted(scalars)}"
-            )
+            raise AssertionError(f"{self.folder}/manifest.json: no scalar {name!r}; there are {sorted(scalars)}")
         return scalars[name]["value"]
 
     def names(self, file: str) -> list[str]:
@@ -62,9 +60,7 @@ class Case:
         """One tensor, in its stored dtype; float16 (always exactly representable here) becomes float32."""
         entry = self._entry(file)["tensors"]
         if name not in entry:
-            raise AssertionError(
-                f"{self.folder}/{_stem(file)}.safetensors: the manifest has no tensor {name!r}"
-            )
+            raise AssertionError(f"{self.folder}/{_stem(file)}.safetensors: the manifest has no tensor {name!r}")
         array = _read(self.folder / f"{_stem(file)}.safetensors", (name,))[name]
         if list(array.shape) != list(entry[name]["shape"]):
             raise AssertionError(
@@ -77,9 +73,7 @@ class Case:
     def tensors(self, file: str, prefix: str = "") -> dict[str, np.ndarray]:
         """All tensors of a file whose name begins with `prefix`; the prefix is cut off the keys."""
         return {
-            name.removeprefix(prefix): self.tensor(file, name)
-            for name in self.names(file)
-            if name.startswith(prefix)
+            name.removeprefix(prefix): self.tensor(file, name) for name in self.names(file) if name.startswith(prefix)
         }
 
     def path(self, file: str) -> Path:
@@ -91,9 +85,7 @@ class Case:
         """Path of a file of another case of the same set, by its key in the manifest's `external_files`."""
         external = self.manifest["external_files"]
         if key not in external:
-            raise AssertionError(
-                f"{self.folder}/manifest.json: no external file {key!r}; there are {sorted(external)}"
-            )
+            raise AssertionError(f"{self.folder}/manifest.json: no external file {key!r}; there are {sorted(external)}")
         return _existing((self.folder / external[key]).resolve())
 
     def external(self, key: str) -> dict[str, np.ndarray]:

@@ -27,9 +27,7 @@ SUPERSEDED = {"preprocessing/raw_pairs", "preprocessing/*", "metrics/empty", "in
 
 def declared(file: str, tensor: str) -> dict | None:
     """The first row that matches."""
-    matches = (
-        r for r in ROWS if fnmatch.fnmatchcase(file, r["file"]) and fnmatch.fnmatchcase(tensor, r["tensor"])
-    )
+    matches = (r for r in ROWS if fnmatch.fnmatchcase(file, r["file"]) and fnmatch.fnmatchcase(tensor, r["tensor"]))
     return next(matches, None)
 
 
@@ -72,9 +70,7 @@ def test_nothing_stored_here_is_forgotten() -> None:
         files = {p.stem for p in (HERE / "data" / folder / "dev").glob("*.safetensors")}
         promised = set(json.loads((HERE / "data" / folder / "dev" / "manifest.json").read_text())["files"])
         assert files <= {f.removesuffix(".safetensors") for f in promised}
-        assert {f for f in promised if not postponed(f"{folder}/{f[:-12]}")} <= {
-            f"{f}.safetensors" for f in files
-        }
+        assert {f for f in promised if not postponed(f"{folder}/{f[:-12]}")} <= {f"{f}.safetensors" for f in files}
 
 
 PERTURBED = [

@@ -1,4 +1,4 @@
-"""Two conditions beside the noise on a Kontext-like model: velocity, loss, LoRA gradients, a training step."""
+"""Two conditions beside the noise on a Kontext-like model: velocity, loss, gradients, a training step."""
 
 import dataclasses
 import functools
@@ -131,9 +131,7 @@ def test_ids_and_times(case) -> None:
     for i, stream in enumerate(streams):
         np.testing.assert_array_equal(stream.time, data[f"timestep_branch{i}"])
         np.testing.assert_array_equal(stream.guidance, data[f"guidance_branch{i}"])
-    np.testing.assert_allclose(
-        flow.interpolate(data["x0"], data["x1"], data["t"]), data["x_t"], rtol=0, atol=1e-6
-    )
+    np.testing.assert_allclose(flow.interpolate(data["x0"], data["x1"], data["t"]), data["x_t"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("variant", ["base", "independent", "two_adapters"])
@@ -156,9 +154,7 @@ def test_variant(case, model, adapters, variant: str) -> None:
 
 def test_rematerialised_gradients(case, model, adapters) -> None:
     used, independent = settings(case, "base")
-    _, gradients = loss_and_gradients(
-        model, adapters, case.tensors("inputs"), used, independent, remat="full"
-    )
+    _, gradients = loss_and_gradients(model, adapters, case.tensors("inputs"), used, independent, remat="full")
     check_gradients(published(model[1], gradients["default"]), case.tensors("grads_base_default"))
 
 
@@ -167,9 +163,7 @@ def test_own_frequencies(case, model, adapters) -> None:
     graphdef, params = model
     used, _ = settings(case, "base")
     streams = branches(case.tensors("inputs"), used)
-    found = jax.jit(lambda a: layers.bind(graphdef, params)(streams, adapters=a))(
-        {"default": adapters["default"]}
-    )
+    found = jax.jit(lambda a: layers.bind(graphdef, params)(streams, adapters=a))({"default": adapters["default"]})
     np.testing.assert_allclose(found, case.tensor("base", "output"), rtol=0, atol=flux_golden.ATOL[1.0])
 
 
@@ -188,9 +182,7 @@ def test_no_lora(case, model) -> None:
 
 def test_lora_on_all_branches(case, model, adapters) -> None:
     found = forward(model, branches(case.tensors("inputs"), ["default"] * 4), adapters)
-    np.testing.assert_allclose(
-        found, case.tensor("lora_all_branches", "output"), rtol=0, atol=flux_golden.TIGHT
-    )
+    np.testing.assert_allclose(found, case.tensor("lora_all_branches", "output"), rtol=0, atol=flux_golden.TIGHT)
 
 
 def test_alpha_other_than_rank(case, model, adapters) -> None:

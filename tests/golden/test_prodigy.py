@@ -18,8 +18,11 @@ from nabla_jax.optim import clip_by_global_norm, prodigy
 from tests.golden.golden import case
 
 GOLDEN = case("prodigy")
-MOVEMENT = 1e-4  # relative to the largest movement of the run
-ESTIMATE = 5e-5  # relative
+# Of parameters relative to the largest movement of the run, and of the estimate. With given gradients the
+# estimate differed by less than 1e-6 over sixty seeds and no parameter was ever rounded the other way; where
+# gradients follow from the parameters, differences grow.
+OPEN = 5e-6
+CLOSED = 1e-4
 
 ARGUMENTS = {
     "lr": "learning_rate",
@@ -33,10 +36,7 @@ ARGUMENTS = {
 }
 PROBLEMS = {"quadratic": ("p",), "lora_mlp": ("A", "B", "bias"), "openloop": ("w", "b", "zero")}
 RUNS = [
-    (problem, name)
-    for problem in PROBLEMS
-    for name in GOLDEN.config["configs"]
-    if GOLDEN.has(problem, f"{name}.d")
+    (problem, name) for problem in PROBLEMS for name in GOLDEN.config["configs"] if GOLDEN.has(problem, f"{name}.d")
 ]
 
 Params = dict[str, jax.Array]
@@ -100,9 +100,7 @@ def _run(
     return {key: np.stack([params[key] for params in track]) for key in start}, states, np.array(losses)
 
 
-def _assert_same_movement(
-    ours: dict[str, np.ndarray], golden: dict[str, np.ndarray], tolerance: float = MOVEMENT
-) -> None:
+def _assert_same_movement(ours: dict[str, np.ndarray], golden: dict[str, np.ndarray], tolerance: float = OPEN) -> None:
     for key, expected in golden.items():
         np.testing.assert_array_equal(ours[key][0], expected[0])
     largest = max(np.abs(expected - expected[:1]).max() for expected in golden.values())
@@ -114,12 +112,11 @@ def _assert_same_movement(
 @pytest.mark.parametrize(("problem", "name"), RUNS)
 def test_trajectory(problem: str, name: str) -> None:
     golden = {key: GOLDEN.tensor(problem, f"{name}.param.{key}") for key in PROBLEMS[problem]}
-    ours, states, losses = _run(
-        _ours(name), _gradient(problem), _start(problem, name), GOLDEN.config["steps"]
-    )
-    _assert_same_movement(ours, golden)
+    ours, states, losses = _run(_ours(name), _gradient(problem), _start(problem, name), GOLDEN.config["steps"])
+    tolerance = OPEN if problem == "openloop" else CLOSED
+    _assert_same_movement(ours, golden, tolerance)
     estimates = [state.estimate for state in states]
-    np.testing.assert_allclose(estimates, GOLDEN.tensor(problem, f"{name}.d"), rtol=ESTIMATE)
+    np.testing.assert_allclose(estimates, GOLDEN.tensor(problem, f"{name}.d"), rtol=tolerance)
     if GOLDEN.has(problem, f"{name}.loss"):
         np.testing.assert_allclose(losses, GOLDEN.tensor(problem, f"{name}.loss"), rtol=2e-4)
 
@@ -129,7 +126,7 @@ def test_estimate_in_double_precision(problem: str) -> None:
     start = _start(problem, "official")
     _, states, _ = _run(_ours("official"), _gradient(problem), start, GOLDEN.config["steps"])
     exact = GOLDEN.scalar(f"{problem}.official.d")
-    np.testing.assert_allclose([s.estimate for s in states], exact[: len(states)], rtol=ESTIMATE)
+    np.testing.assert_allclose([s.estimate for s in states], exact[: len(states)], rtol=CLOSED)
 
 
 @pytest.mark.parametrize("problem", ["quadratic", "lora_mlp"])
@@ -153,7 +150,7 @@ def test_three_hundred_steps(problem: str) -> None:
     np.testing.assert_allclose(losses[-1], expected["loss"], rtol=1e-3)
     for key in PROBLEMS[problem]:
         final = GOLDEN.tensor(problem, f"official300.param.{key}")
-        np.testing.assert_allclose(ours[key][-1], final, atol=MOVEMENT * np.abs(final - start[key]).max())
+        np.testing.assert_allclose(ours[key][-1], final, atol=CLOSED * np.abs(final - start[key]).max())
 
 
 def test_state_at_the_end() -> None:
@@ -169,10 +166,10 @@ def test_state_at_the_end() -> None:
         (norm, "d_denom"),
         (state.numerator / norm, "d_hat"),
     ):
-        np.testing.assert_allclose(value, group[key], rtol=ESTIMATE, err_msg=key)
+        np.testing.assert_allclose(value, group[key], rtol=OPEN, err_msg=key)
     for tree, key in ((state.first, "exp_avg"), (state.second, "exp_avg_sq"), (state.denominator, "s")):
         expected = GOLDEN.tensor("openloop", f"official.state.w.{key}")
-        np.testing.assert_allclose(tree["w"], expected, atol=ESTIMATE * np.abs(expected).max(), err_msg=key)
+        np.testing.assert_allclose(tree["w"], expected, atol=OPEN * np.abs(expected).max(), err_msg=key)
 
 
 def test_zero_first_gradient_changes_nothing() -> None:
@@ -186,9 +183,7 @@ def test_zero_first_gradient_changes_nothing() -> None:
     start = _start("openloop", "zero_first")
     ours, states, _ = _run(_ours("official"), zero_first, start, GOLDEN.config["steps"])
     _assert_same_movement(ours, golden)
-    np.testing.assert_allclose(
-        [s.estimate for s in states], GOLDEN.tensor("openloop", "zero_first.d"), rtol=ESTIMATE
-    )
+    np.testing.assert_allclose([s.estimate for s in states], GOLDEN.tensor("openloop", "zero_first.d"), rtol=OPEN)
     assert states[-1].steps == GOLDEN.scalar("zero_first.final_k")
     jax.tree.map(np.testing.assert_array_equal, states[1], states[0])
 
@@ -215,9 +210,7 @@ def test_clipping() -> None:
     given, expected = GOLDEN.tensors("clip", "in."), GOLDEN.tensors("clip", "out.")
     norm = GOLDEN.tensor("clip", "total_norm")
     np.testing.assert_allclose(optax.tree.norm(given), norm[0], rtol=1e-6)
-    ours, _ = clip_by_global_norm(1.0).update(
-        {key: jnp.asarray(g) for key, g in given.items()}, optax.EmptyState()
-    )
+    ours, _ = clip_by_global_norm(1.0).update({key: jnp.asarray(g) for key, g in given.items()}, optax.EmptyState())
     assert ours.keys() == expected.keys()
     for key, value in expected.items():
         np.testing.assert_allclose(ours[key], value, rtol=1e-6, atol=0, err_msg=key)

@@ -71,9 +71,7 @@ def test_image_guidance(case, model) -> None:
 
     @jax.jit
     def unconditional(latents: jax.Array, sigma: jax.Array) -> jax.Array:
-        conditions = [
-            omini.Condition(data[f"empty_{n}_tokens"], data[f"{n}_ids"], "default") for n in CONDITIONS
-        ]
+        conditions = [omini.Condition(data[f"empty_{n}_tokens"], data[f"{n}_ids"], "default") for n in CONDITIONS]
         streams = omini.branches(
             data["prompt_embeds"],
             data["pooled_prompt_embeds"],

@@ -29,9 +29,7 @@ def test_sigmas_equal_the_published_ones(model: str, steps: int, tokens: int) ->
 def test_time_is_sigma(model: str, steps: int, tokens: int) -> None:
     golden = case("schedules")
     times = golden.tensor("schedules", f"{model}.steps{steps}.n{tokens}.timesteps")
-    np.testing.assert_allclose(
-        1000 * sigmas(golden.config[model], steps, tokens)[:-1], times, rtol=1.2e-7, atol=0
-    )
+    np.testing.assert_allclose(1000 * sigmas(golden.config[model], steps, tokens)[:-1], times, rtol=1.2e-7, atol=0)
 
 
 @pytest.mark.parametrize("tokens", sorted({tokens for _, tokens in case("schedules").config["pairs"]}))

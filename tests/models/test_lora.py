@@ -39,7 +39,7 @@ def base(tmp_path_factory) -> tuple[FluxTransformer2DModel, pipeline.Component]:
 
 @pytest.fixture
 def adapted(base, tmp_path: Path):
-    """(diffusers' model with a random adapter of peft, the adapter's file); the adapter is removed afterwards."""
+    """(diffusers' model with a random adapter of peft, the adapter's file); removed again afterwards."""
     model, _ = base
     config = LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=PUBLISHED)
     model.add_adapter(config, adapter_name="default")
@@ -137,9 +137,7 @@ def test_files_both_ways(adapted, base, tmp_path: Path) -> None:
 
     data = test_flux.inputs(1, (2, 2))
     fresh = FluxTransformer2DModel.from_config(model.config).eval()
-    fresh.load_state_dict(
-        {k.replace(".base_layer", ""): v for k, v in model.state_dict().items() if "lora_" not in k}
-    )
+    fresh.load_state_dict({k.replace(".base_layer", ""): v for k, v in model.state_dict().items() if "lora_" not in k})
     fresh.load_lora_adapter(load_tensors(ours), prefix="transformer", adapter_name="ours")
     expected = test_flux.run_reference(fresh, data, 1.0)
     np.testing.assert_allclose(run(component, data, adapter), expected, rtol=0, atol=test_flux.ATOL[1.0])
