@@ -13,10 +13,11 @@ from nabla_jax.toybirds.rng import chance, generator, order, pick, uniform
 from nabla_jax.toybirds.scene import Scene, draw_scene
 
 WORLD = "toybirds"
-VERSION = 1  # raise it whenever the same settings would give other bytes
+VERSION = 2  # raise it whenever the same settings would give other bytes
 FAMILIES_PER_ORDER = 3
 SEEN_SPECIES = 4  # per family; the rest, up to SPECIES_PER_FAMILY, appear in inat/unseen alone
 SEEN_OBSERVATIONS, UNSEEN_OBSERVATIONS = 2, 3  # true same-individual pairs per species
+PAIRS_PER_CLASS = 2  # the nearest look-alikes; enough for intervals clustered by class, quick to re-pose
 MAX_ORDERS = 6
 IdentityPath = tuple[int, int, int, int, int, int]
 
@@ -278,9 +279,10 @@ def look_alike_pairs(settings: Settings, images: list[NabirdsImage]) -> list[tup
         distance = np.sqrt(((vectors[:, None] - vectors[None]) ** 2).sum(-1))
         rows, columns = np.triu_indices(len(members), 1)
         free = set(range(len(members)))
+        limit = len(pairs) + PAIRS_PER_CLASS
         for best in np.argsort(distance[rows, columns], kind="stable"):
             i, j = int(rows[best]), int(columns[best])
-            if i in free and j in free:
+            if i in free and j in free and len(pairs) < limit:
                 free -= {i, j}
                 pairs.append((class_id, f"./{members[i].picture.path}", f"./{members[j].picture.path}"))
     pairs = [pairs[int(i)] for i in order(generator(settings.seed, "pair order"), len(pairs))]
