@@ -45,9 +45,7 @@ def logit_normal_time(key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
     return jax.nn.sigmoid(jax.random.normal(key, shape, jnp.float32))
 
 
-def velocity_loss(
-    prediction: jax.Array, x0: jax.Array, x1: jax.Array, weight: jax.Array | None = None
-) -> jax.Array:
+def velocity_loss(prediction: jax.Array, x0: jax.Array, x1: jax.Array, weight: jax.Array | None = None) -> jax.Array:
     """Mean squared error of the predicted velocity.
 
     Args:
@@ -139,7 +137,5 @@ def image_ids(height: int, width: int, index: int = 0) -> jax.Array:
 
 def _grid(height: int, width: int) -> tuple[int, int]:
     if height % PATCH or width % PATCH:
-        raise UserError(
-            f"latents are folded in 2x2 squares: height and width must be even, found {height}x{width}"
-        )
+        raise UserError(f"latents are folded in 2x2 squares: height and width must be even, found {height}x{width}")
     return height // PATCH, width // PATCH

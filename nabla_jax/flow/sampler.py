@@ -55,9 +55,7 @@ def sigmas(config: Mapping[str, Any], steps: int, tokens: int) -> np.ndarray:
         if config.get(key, expected) != expected:
             raise UserError(f"scheduler_config.json: {key} is {config[key]!r}, expected {expected!r}")
     if steps < 1 or tokens < 1:
-        raise UserError(
-            f"a schedule needs a step and a token at least, found {steps} steps and {tokens} tokens"
-        )
+        raise UserError(f"a schedule needs a step and a token at least, found {steps} steps and {tokens} tokens")
     settings = {key: config.get(key, default) for key, default in _DEFAULTS.items()}
     # Rounded to float32 before the shift, as published: shifting in float64 moves the levels by an ulp.
     base = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32)
@@ -70,9 +68,7 @@ def sigmas(config: Mapping[str, Any], steps: int, tokens: int) -> np.ndarray:
     return np.append(levels, np.float32(0.0)).astype(np.float32)
 
 
-def euler(
-    velocity: Callable[[jax.Array, jax.Array], jax.Array], latents: jax.Array, sigmas: jax.Array
-) -> jax.Array:
+def euler(velocity: Callable[[jax.Array, jax.Array], jax.Array], latents: jax.Array, sigmas: jax.Array) -> jax.Array:
     """Follows the velocity down the noise levels, `x += (s[k+1] - s[k]) v(x, s[k])`, as one `lax.scan`.
 
     Args:

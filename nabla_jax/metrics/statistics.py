@@ -123,10 +123,7 @@ def _cluster_sums(rows: Any, clusters: np.ndarray) -> np.ndarray:
     # Sorted values, so that not even the last bit of a sum depends on the order of the pairs.
     order = [np.lexsort((row, index)) for row in rows]
     return np.stack(
-        [
-            np.bincount(index[o], weights=row[o], minlength=len(names))
-            for row, o in zip(rows, order, strict=True)
-        ]
+        [np.bincount(index[o], weights=row[o], minlength=len(names)) for row, o in zip(rows, order, strict=True)]
     )
 
 

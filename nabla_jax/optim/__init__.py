@@ -39,9 +39,7 @@ def make(config: Optim) -> optax.GradientTransformation:
             raise UserError(f"optim.{field}: {value!r} is out of range")
     first, second = config.betas
     if config.name == "prodigy":
-        inner = prodigy(
-            config.lr, (first, second), initial_estimate=config.d0, weight_decay=config.weight_decay
-        )
+        inner = prodigy(config.lr, (first, second), initial_estimate=config.d0, weight_decay=config.weight_decay)
     elif config.name == "adamw":
         inner = optax.adamw(config.lr, first, second, weight_decay=config.weight_decay)
     else:

@@ -92,9 +92,7 @@ def prodigy(
         d = state.estimate
         rate = d * learning_rate  # the paper's dlr
         if bias_correction:
-            rate *= jnp.sqrt(_one_minus_power(beta2, state.steps + 1)) / _one_minus_power(
-                beta1, state.steps + 1
-            )
+            rate *= jnp.sqrt(_one_minus_power(beta2, state.steps + 1)) / _one_minus_power(beta1, state.steps + 1)
         # d / d0 instead of d keeps the sums behind the estimate in float32's range while d is tiny.
         scale = d / d0
         moved = jax.tree.map(lambda g, start, p: jnp.vdot(g, start - p), gradient, state.start, exact)
@@ -119,9 +117,7 @@ def prodigy(
             # The difference of neighbouring floats is exact, so adding it to p gives `stepped` to the bit.
             return jnp.where(usable, stepped - p, jnp.zeros_like(p))
 
-        following = ProdigyState(
-            state.steps + 1, estimate, largest, numerator, state.start, first, second, denominator
-        )
+        following = ProdigyState(state.steps + 1, estimate, largest, numerator, state.start, first, second, denominator)
         kept = jax.tree.map(lambda new, old: jnp.where(usable, new, old), following, state)
         return jax.tree.map(move, exact, first, second), kept._replace(start=state.start)
 

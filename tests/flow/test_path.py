@@ -95,9 +95,7 @@ def test_image_ids_equal_diffusers(height: int, width: int) -> None:
     ours = path.image_ids(height, width)
     assert ours.dtype == jnp.float32
     np.testing.assert_array_equal(ours, expected)
-    np.testing.assert_array_equal(
-        path.image_ids(height, width, index=1) - ours, [[1, 0, 0]] * (height * width)
-    )
+    np.testing.assert_array_equal(path.image_ids(height, width, index=1) - ours, [[1, 0, 0]] * (height * width))
 
 
 @settings(deadline=None, max_examples=20)

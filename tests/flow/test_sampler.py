@@ -25,23 +25,17 @@ DYNAMIC = {
 
 def _published(config: dict[str, Any], steps: int, tokens: int) -> np.ndarray:
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
-    slope = (config["max_shift"] - config["base_shift"]) / (
-        config["max_image_seq_len"] - config["base_image_seq_len"]
-    )
+    slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
     shift = slope * (tokens - config["base_image_seq_len"]) + config["base_shift"]
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=shift)
     return scheduler.sigmas.numpy()
 
 
 @settings(deadline=None, max_examples=40)
-@given(
-    steps=st.integers(1, 60), tokens=st.integers(1, 10_000), dynamic=st.booleans(), shift=st.floats(0.5, 5.0)
-)
+@given(steps=st.integers(1, 60), tokens=st.integers(1, 10_000), dynamic=st.booleans(), shift=st.floats(0.5, 5.0))
 def test_sigmas_equal_the_published_scheduler(steps: int, tokens: int, dynamic: bool, shift: float) -> None:
     config = DYNAMIC | {"use_dynamic_shifting": dynamic, "shift": shift}
-    np.testing.assert_allclose(
-        sampler.sigmas(config, steps, tokens), _published(config, steps, tokens), rtol=5e-7
-    )
+    np.testing.assert_allclose(sampler.sigmas(config, steps, tokens), _published(config, steps, tokens), rtol=5e-7)
 
 
 @settings(deadline=None, max_examples=40)
@@ -95,9 +89,7 @@ def test_euler_equals_the_written_out_loop() -> None:
 
 def test_euler_keeps_float32_while_the_model_computes_in_bfloat16() -> None:
     levels = np.linspace(1, 0, 1001, dtype=np.float32)
-    ours = sampler.euler(
-        lambda x, sigma: jnp.ones(x.shape, jnp.bfloat16), jnp.ones((2, 3), jnp.bfloat16), levels
-    )
+    ours = sampler.euler(lambda x, sigma: jnp.ones(x.shape, jnp.bfloat16), jnp.ones((2, 3), jnp.bfloat16), levels)
     assert ours.dtype == jnp.float32
     np.testing.assert_allclose(ours, np.zeros((2, 3)), atol=1e-4)
 

@@ -34,9 +34,7 @@ def _params(seed: int = 0) -> dict[str, Any]:
 def _gradients(steps: int, size: float = 1.0) -> list[dict[str, Any]]:
     """Noise around one direction: without a direction Prodigy's estimate would rightly never grow."""
     direction = _params(999)
-    return [
-        jax.tree.map(lambda g, m: size * (m + g), _params(1000 + step), direction) for step in range(steps)
-    ]
+    return [jax.tree.map(lambda g, m: size * (m + g), _params(1000 + step), direction) for step in range(steps)]
 
 
 def _run(optimizer: optax.GradientTransformation, params: Any, gradients: list[Any]) -> tuple[Any, Any]:
@@ -51,9 +49,7 @@ def _run(optimizer: optax.GradientTransformation, params: Any, gradients: list[A
     return params, state
 
 
-def _torch_run(
-    optimizer: Any, params: Any, gradients: list[Any], clip: float, **settings: Any
-) -> tuple[Any, Any]:
+def _torch_run(optimizer: Any, params: Any, gradients: list[Any], clip: float, **settings: Any) -> tuple[Any, Any]:
     leaves, structure = jax.tree.flatten(params)
     tensors = [torch.nn.Parameter(torch.tensor(np.asarray(leaf))) for leaf in leaves]
     stepper = optimizer(tensors, **settings)
@@ -66,12 +62,8 @@ def _torch_run(
 
 
 def _assert_same_movement(ours: Any, theirs: Any, start: Any, tolerance: float) -> None:
-    largest = max(
-        float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (theirs, start)), strict=True)
-    )
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * largest), ours, theirs
-    )
+    largest = max(float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (theirs, start)), strict=True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * largest), ours, theirs)
 
 
 @pytest.mark.parametrize("size", [0.03, 30.0])
@@ -116,9 +108,7 @@ def test_prodigy_betas(betas: tuple[float, float]) -> None:
 def test_adamw_equals_torch() -> None:
     params, gradients = _params(), _gradients(30)
     ours, state = _run(make(Optim(name="adamw", lr=3e-3, weight_decay=0.1)), params, gradients)
-    theirs, _ = _torch_run(
-        torch.optim.AdamW, params, gradients, 1.0, lr=3e-3, betas=(0.9, 0.999), weight_decay=0.1
-    )
+    theirs, _ = _torch_run(torch.optim.AdamW, params, gradients, 1.0, lr=3e-3, betas=(0.9, 0.999), weight_decay=0.1)
     _assert_same_movement(ours, theirs, params, 1e-4)
     assert prodigy_estimate(state) is None
 
