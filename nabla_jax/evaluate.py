@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -213,9 +216,7 @@ def _read_manifest(folder: Path, benchmark: Benchmark) -> dict[str, dict[str, An
     expected = {pair.key: pair for pair in benchmark.pairs}
     found = {}
     for row in runs.read_rows(path):
-        absent = [
-            name for name in ("pair", "subject_id", "target_id", "subject_used", "file") if name not in row
-        ]
+        absent = [name for name in ("pair", "subject_id", "target_id", "subject_used", "file") if name not in row]
         if absent:
             raise UserError(f"{path}: a row has no field {absent[0]}: {json.dumps(row)[:100]}")
         pair = expected.get(row["pair"])
@@ -247,18 +248,14 @@ def _report_missing(
         for kind, there in (("right", found.right), ("shuffled", found.shuffled)):
             absent = [key for key in keys if key not in there]
             if absent and (kind == "right" or found.has_shuffled):
-                missing.append(
-                    {"model": model, "benchmark": name, "kind": kind, "of": len(keys), "pairs": absent}
-                )
+                missing.append({"model": model, "benchmark": name, "kind": kind, "of": len(keys), "pairs": absent})
     if missing and not allowed:
         text = "; ".join(
             f"{m['model']} {m['benchmark']}/{m['kind']}: {len(m['pairs'])} of {m['of']} "
             f"({', '.join(m['pairs'][:3])}{', ...' if len(m['pairs']) > 3 else ''})"
             for m in missing
         )
-        raise UserError(
-            f"missing pictures: {text}; run generate again, or score the rest with --allow_missing"
-        )
+        raise UserError(f"missing pictures: {text}; run generate again, or score the rest with --allow_missing")
     return missing
 
 
@@ -269,9 +266,18 @@ def _report_missing(
 Chunks = Callable[[Callable[..., list[T]], Sequence[tuple[Any, ...]]], Iterator[list[T]]]
 
 
-def _quiet() -> None:
+def _start_worker() -> None:
     # Ctrl-C reaches the whole process group; only the parent reports it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A killed parent cannot tell its workers to stop: they watch it.
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @contextlib.contextmanager
@@ -283,14 +289,16 @@ def _mapper(workers: int) -> Iterator[Chunks[Any]]:
         yield lambda function, arguments: (function(*a) for a in arguments)
         return
     # Spawned, not forked: a fork of a process with threads (JAX, BLAS) may hang.
-    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _quiet)
+    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
     try:
         yield lambda function, arguments: (f.result() for f in [pool.submit(function, *a) for a in arguments])
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise UserError(f"a worker process died ({error}), is there enough memory? --workers 0 needs none") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _chunked(items: Sequence[T], size: int = 8) -> list[Sequence[T]]:
+def _chunked(items: Sequence[T], size: int = 4) -> list[Sequence[T]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
@@ -299,9 +307,7 @@ def answer_path(out: Path, benchmark: Benchmark, pair: str) -> Path:
     return out / "cache" / benchmark.fingerprint / f"{pair}.npz"
 
 
-def _render_answers(
-    contexts: Mapping[str, Benchmark], out: Path, limit: int | None, run: Chunks[str]
-) -> None:
+def _render_answers(contexts: Mapping[str, Benchmark], out: Path, limit: int | None, run: Chunks[str]) -> None:
     work = []
     for benchmark in contexts.values():
         if benchmark.oracle is not None:
@@ -357,9 +363,7 @@ def _score_all(
                 inputs = sets[model, name].fingerprint
                 jobs = _jobs_of_set(sets[model, name], benchmark)
             else:
-                inputs = hashlib.sha256(json.dumps([seeds[0], other], sort_keys=True).encode()).hexdigest()[
-                    :16
-                ]
+                inputs = hashlib.sha256(json.dumps([seeds[0], other], sort_keys=True).encode()).hexdigest()[:16]
                 jobs = [Job(pair.key, None, None, other.get(pair.key)) for pair in benchmark.pairs]
             inputs = f"{benchmark.fingerprint} {inputs}"
             stored = _stored_scores(out, name, model, inputs)
@@ -371,9 +375,7 @@ def _score_all(
         for name, model, inputs, jobs in work:
             found: list[PairScore] = []
             root = contexts[name].root
-            for chunk in run(
-                score_pairs, [(root, limit, out, model, seeds[0], part) for part in _chunked(jobs)]
-            ):
+            for chunk in run(score_pairs, [(root, limit, out, model, seeds[0], part) for part in _chunked(jobs)]):
                 found += chunk
                 bar.update(len(chunk))
             _store_scores(out, name, model, inputs, found)
@@ -458,9 +460,7 @@ def _score_pair(benchmark: Benchmark, out: Path, model: str, seed: int, pair: Pa
     return dataclasses.replace(
         score,
         right_error=errors.right,
-        shuffled_error=None
-        if shuffled is None
-        else pixels.rmse_of_pixels(_inside(shuffled, mask), answer.right),
+        shuffled_error=None if shuffled is None else pixels.rmse_of_pixels(_inside(shuffled, mask), answer.right),
         sibling_error=errors.sibling,
         sibling_plumage_error=errors.sibling_plumage,
         rank=errors.rank,
@@ -506,11 +506,7 @@ def draw_reference(name: str, benchmark: Benchmark, pair: Pair, subject_id: str,
     if name in ("flat-colour", "paste-subject"):
         make = references.flat_colour if name == "flat-colour" else references.paste_subject
         return make(*_read(benchmark, subject_id), target, mask)
-    candidates = (
-        _class_mates(benchmark, subject_id, pair)
-        if name == "same-class"
-        else _siblings(benchmark, subject_id)
-    )
+    candidates = _class_mates(benchmark, subject_id, pair) if name == "same-class" else _siblings(benchmark, subject_id)
     chosen = references.choose(candidates, seed, pair.key, name)
     return references.stretch(read_rgb(benchmark.dataset.by_id[chosen].image), *mask.shape)
 
@@ -571,9 +567,7 @@ def _write_results(
 def _about_benchmark(
     name: str, benchmark: Benchmark, scores: Mapping[tuple[str, str], list[PairScore]]
 ) -> dict[str, Any]:
-    excluded = {
-        s.pair: s.excluded for (b, _), found in scores.items() if b == name for s in found if s.excluded
-    }
+    excluded = {s.pair: s.excluded for (b, _), found in scores.items() if b == name for s in found if s.excluded}
     path = benchmark.root / oracle.FILE
     return {
         "name": name,
@@ -591,10 +585,7 @@ def _about_benchmark(
 
 def _about_set(model: str, benchmark: str, found: PictureSet) -> dict[str, Any]:
     settings = ("seed", "steps", "guidance", "adapter", "adapter_sha256", "base_sha256")
-    values = {
-        name: sorted({json.dumps(row[name]) for row in found.right.values() if name in row})
-        for name in settings
-    }
+    values = {name: sorted({json.dumps(row[name]) for row in found.right.values() if name in row}) for name in settings}
     return {
         "model": model,
         "benchmark": benchmark,

@@ -97,7 +97,7 @@ class Oracle:
 
 
 def write_world(root, oracle=True, empty=None):
-    """A NABirds folder of 7 classes, 4 pictures and one row of pairs each; the mask of picture `empty` is blank."""
+    """A NABirds folder of 7 classes, 4 pictures and one row of pairs each; the mask of `empty` is blank."""
     lists = {name: [] for name in ("images", "image_class_labels", "train_test_split")}
     rows, known = ["class_id,image_1,image_2"], {}
     for class_id in CLASSES:

@@ -1,5 +1,6 @@
 """The evaluate command on a world whose numbers follow from its construction."""
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -107,9 +108,7 @@ def test_per_pair_numbers_agree_with_a_direct_computation(world, results):
         class_id, number = oracle.values["images"][pair.target_id]
         mask = fake_world.draw((0, 0, 0), (0, 0, 0), fake_world.scene(number))[1]
         score = scores[pair.key]
-        assert score.right_error == pixels.masked_rmse(
-            read_rgb(folder / "right" / f"{pair.key}.png"), answer, mask
-        )
+        assert score.right_error == pixels.masked_rmse(read_rgb(folder / "right" / f"{pair.key}.png"), answer, mask)
         shuffled = read_rgb(folder / "shuffled" / f"{pair.key}.png")
         assert score.shuffled_error == pixels.masked_rmse(shuffled, answer, mask)
         other = oracle.sibling(pair.subject_id, pair.target_id)
@@ -156,9 +155,7 @@ def test_the_printed_table_holds_the_summary(results):
 
 
 def files(out):
-    return {
-        p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file() and "cache" not in p.parts
-    }
+    return {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file() and "cache" not in p.parts}
 
 
 def test_a_second_run_changes_nothing_and_works_on_nothing(world, results, tmp_path, monkeypatch):
@@ -202,9 +199,7 @@ def test_a_changed_picture_or_damaged_table_is_scored_again(world, results, tmp_
     table = out / "pairs" / "ellipses" / "perfect.csv"
     table.write_text(table.read_text().replace("0.0", "9.0"))
     run(copy, out)
-    assert (
-        out / "summary.json"
-    ).read_bytes() == first  # the order of rows is no change, the table is made again
+    assert (out / "summary.json").read_bytes() == first  # the order of rows is no change, the table is made again
     fake_world.write_pictures(
         copy / "birds", copy / "pictures" / "half" / "ellipses", MODELS["sibling"], settings={"seed": 1}
     )
@@ -217,9 +212,7 @@ def test_missing_pictures_are_an_error_that_lists_them(world, tmp_path):
     shutil.copytree(world, copy)
     (copy / "pictures" / "half" / "ellipses" / "right" / "3_1in2.png").unlink()
     (copy / "pictures" / "half" / "ellipses" / "shuffled" / "5_2in1.png").unlink()
-    with pytest.raises(
-        UserError, match=r"half ellipses/right: 1 of 14 \(3_1in2\); .*shuffled: 1 of 14 \(5_2in1\)"
-    ):
+    with pytest.raises(UserError, match=r"half ellipses/right: 1 of 14 \(3_1in2\); .*shuffled: 1 of 14 \(5_2in1\)"):
         run(copy, tmp_path / "out", ["half", "untuned"])
     rows = run(copy, tmp_path / "out", ["half", "untuned"], allow_missing=True)
     n = {(r["model"], r["metric"]): r["n"] for r in rows}
@@ -251,9 +244,7 @@ def test_without_an_oracle_there_are_pixel_metrics_only_and_a_note(world, tmp_pa
 def test_a_set_without_shuffled_pictures_has_no_subject_effect_and_a_note(world, tmp_path, capsys):
     folder = tmp_path / "pictures" / "ellipses"
     shutil.copytree(world / "pictures" / "half" / "ellipses" / "right", folder / "right")
-    rows = verb.evaluate(
-        {"half": tmp_path / "pictures"}, {"ellipses": world / "birds"}, tmp_path / "out", workers=0
-    )
+    rows = verb.evaluate({"half": tmp_path / "pictures"}, {"ellipses": world / "birds"}, tmp_path / "out", workers=0)
     assert {r["metric"] for r in rows if r["model"] == "half"} == set(summary.METRICS) - {"subject_effect"}
     assert "no shuffled pictures" in capsys.readouterr().out
 
@@ -262,9 +253,7 @@ def test_pictures_of_another_size_are_compared_at_their_own(world, tmp_path):
     shutil.copytree(world / "pictures" / "perfect", tmp_path / "pictures")
     for path in (tmp_path / "pictures").rglob("*.png"):
         write_image(read_rgb(path).repeat(2, 0).repeat(2, 1), path)
-    rows = verb.evaluate(
-        {"large": tmp_path / "pictures"}, {"ellipses": world / "birds"}, tmp_path / "out", workers=0
-    )
+    rows = verb.evaluate({"large": tmp_path / "pictures"}, {"ellipses": world / "birds"}, tmp_path / "out", workers=0)
     values = {r["metric"]: r["mean"] for r in rows if r["model"] == "large"}
     assert values["rmse"] == 0 and values["normalised_identity"] == 1
 
@@ -287,9 +276,7 @@ def edit_manifest(world, folder, **changes):
 def test_pictures_of_other_pairs_are_refused(world, tmp_path, changes, words):
     edit_manifest(world, tmp_path / "pictures", **changes)
     with pytest.raises(UserError, match=words):
-        verb.evaluate(
-            {"half": tmp_path / "pictures"}, {"ellipses": world / "birds"}, tmp_path / "out", workers=0
-        )
+        verb.evaluate({"half": tmp_path / "pictures"}, {"ellipses": world / "birds"}, tmp_path / "out", workers=0)
 
 
 def test_damaged_inputs_are_named(world, tmp_path):
@@ -363,9 +350,18 @@ def config(world, tmp_path):
     return path
 
 
-def test_the_command_with_two_processes_equals_the_function_even_when_killed(
-    world, results, config, tmp_path
-):
+def children(pid):
+    """Worker processes of a process, from the system's table."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == pid and fields[0] != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+def test_the_command_with_two_processes_equals_the_function_even_when_killed(world, results, config, tmp_path):
     environment = fake_world.environment(fake_world.register(tmp_path / "installed"))
     out = tmp_path / "out"
     started = subprocess.Popen(
@@ -378,8 +374,13 @@ def test_the_command_with_two_processes_equals_the_function_even_when_killed(
     deadline = time.monotonic() + 60
     while not list(out.glob("cache/*/*.npz")) and started.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
+    workers = children(started.pid)
     started.send_signal(signal.SIGKILL)
     started.wait()
+    assert workers
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]  # none goes on alone
     done = subprocess.run(
         command(world, out, config, "--report"),
         cwd=ROOT,
@@ -405,10 +406,7 @@ def test_a_mistake_is_one_line_and_status_two(world, config, tmp_path):
         check=False,
     )
     assert done.returncode == 2
-    assert (
-        done.stderr.strip().count("\n") == 0
-        and "missing pictures: other ellipses/right: 14 of 14" in done.stderr
-    )
+    assert done.stderr.strip().count("\n") == 0 and "missing pictures: other ellipses/right: 14 of 14" in done.stderr
 
 
 def test_scoring_loads_no_framework():
@@ -418,9 +416,7 @@ def test_scoring_loads_no_framework():
 
 def test_scores_survive_their_table(tmp_path):
     scores = [
-        summary.PairScore(
-            "0_1in2", "a", "b", 3, "Order, one", 'Bird "x"', "", 12, 0.1 + 0.2, None, 1e-17, rank=3
-        ),
+        summary.PairScore("0_1in2", "a", "b", 3, "Order, one", 'Bird "x"', "", 12, 0.1 + 0.2, None, 1e-17, rank=3),
         summary.PairScore("0_2in1", "b", "a", 3, "", "Bird", "Male", 0, excluded="the mask of a is empty"),
     ]
     path = tmp_path / "scores.csv"

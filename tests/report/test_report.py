@@ -1,4 +1,4 @@
-"""The static report: what it shows must be what the evaluation says, and it must work from a file, offline."""
+"""The static report: it shows what the evaluation says, and works from a file, offline."""
 
 import html.parser
 import json
