@@ -18,6 +18,7 @@ nothing had happened. A folder made with other settings is refused; --overwrite 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -46,7 +47,7 @@ R = TypeVar("R")
 SETTINGS = "settings.json"
 RECORDS_PER_SHARD = 256
 # Pixels in one call of the encoder: at 1024 x 1024 one picture's activations fill several GB.
-PIXELS_PER_CALL = 2**19
+PIXELS_PER_CALL = 2**18
 _ROLES = ("target", "subject", "control")
 
 
@@ -145,7 +146,7 @@ def prepare(config: configs.Config, encoders: Encoders, *, overwrite: bool = Fal
     captions, rows = captions_of(config, examples)
     with runs.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with runs.lock(folder / ".lock", f"data.prepared {folder}"), ThreadPoolExecutor(_threads()) as pool:
+    with runs.lock(folder / ".lock", f"data.prepared {folder}"), _thread_pool() as pool:
         settings = _settings(config, encoders, check(examples, pool), captions)
         _claim(folder, settings, overwrite)
         chunks = [examples[i : i + RECORDS_PER_SHARD] for i in range(0, len(examples), RECORDS_PER_SHARD)]
@@ -238,8 +239,14 @@ def _all(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Sequence[T
     return results
 
 
-def _threads() -> int:
-    return min(16, (os.cpu_count() or 1) + 1)
+@contextlib.contextmanager
+def _thread_pool() -> Iterator[ThreadPoolExecutor]:
+    pool = ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 1))
+    try:
+        yield pool
+    finally:
+        # An interrupt must not wait for thousands of pictures that are still in the queue.
+        pool.shutdown(cancel_futures=True)
 
 
 def _settings(

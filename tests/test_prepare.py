@@ -8,9 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import diffusers
 import jax
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from nabla_jax import prepare as prepare_module
@@ -22,6 +24,7 @@ from nabla_jax.errors import UserError
 from nabla_jax.models import layers
 from nabla_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from nabla_jax.prepare import Encoders, compile_encoder, prepare
+from tests.checkpoints.pipeline_folder import write_pipeline
 from tests.data.folders import LEAVES, file_of, write_nabirds
 
 SIZE = 32
@@ -119,9 +122,7 @@ def test_every_call_of_the_encoder_has_one_shape(root: Path, tmp_path: Path) -> 
     assert shapes == {((6, 3, SIZE, SIZE), "uint8")}
 
 
-def test_large_pictures_are_encoded_one_by_one(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_pictures_are_encoded_one_by_one(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = contents(prepare(config_for(root, tmp_path / "out"), encoders()))
     monkeypatch.setattr(prepare_module, "PIXELS_PER_CALL", SIZE * SIZE)
     shapes = set()
@@ -149,9 +150,7 @@ def refuse(_: object) -> tuple[np.ndarray, np.ndarray]:
     raise AssertionError("encoded again")
 
 
-def test_a_finished_folder_is_left_alone(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_folder_is_left_alone(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = config_for(root, tmp_path / "out")
     before = contents(prepare(config, encoders()))
     times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("shard*")}
@@ -322,9 +321,7 @@ class Usage:
 
 
 def test_the_compiled_encoder_is_the_autoencoder() -> None:
-    config = AutoencoderKLConfig(
-        block_out_channels=(4, 4), layers_per_block=1, latent_channels=2, norm_num_groups=2
-    )
+    config = AutoencoderKLConfig(block_out_channels=(4, 4), layers_per_block=1, latent_channels=2, norm_num_groups=2)
     graphdef, abstract = layers.abstract(lambda rngs: AutoencoderKL(config, rngs=rngs))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype), abstract)
@@ -334,6 +331,75 @@ def test_the_compiled_encoder_is_the_autoencoder() -> None:
     expected = jax.jit(lambda p, x: layers.bind(graphdef, p).encode(x))(params, normalised)
     assert found.shape == (2, 4, 8, 8) and found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    write_pipeline(folder)
+    return folder
+
+
+def command(root: Path, base: Path, out: Path) -> list[str]:
+    settings = {
+        "base.path": base,
+        "data.root": root,
+        "data.prepared": out,
+        "conditioning.size": SIZE,
+        "conditioning.text_length": 6,
+    }
+    return [
+        "--config",
+        "configs/omk_fill.py:toy",
+        *(f"--config.{key}={value}" for key, value in settings.items()),
+    ]
+
+
+def test_the_command_stores_what_the_published_encoder_gives(root: Path, base: Path, tmp_path: Path) -> None:
+    prepare_module.main(command(root, base, tmp_path / "out"))
+    prepared = open_prepared(tmp_path / "out")
+    assert len(prepared.records) == 8
+    assert set(prepared.manifest["settings"]["weights"]) == {
+        "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2",
+    }  # fmt: skip
+    assert prepared.prompt_embeds.shape == (1, 6, 64) and prepared.pooled.shape == (1, 64)
+    vae = diffusers.AutoencoderKL.from_pretrained(base / "vae").eval()
+    example = read_dataset(root).by_id[prepared.manifest["ids"][5]]
+    assert example.mask is not None
+    image, mask = controls.read_pair(example.image, example.mask)
+    canvases = {
+        "target": controls.target_canvas(image, SIZE),
+        "subject": controls.subject_canvas(image, mask, SIZE),
+        "control": controls.control_canvas("fill", image, mask, SIZE),
+    }
+    _, arrays = prepared.records.record(5)
+    for role, canvas in canvases.items():
+        pixels = torch.from_numpy(canvas.pixels.transpose(2, 0, 1)[None] / np.float32(127.5) - 1)
+        with torch.no_grad():
+            expected = vae.encode(pixels.float()).latent_dist.parameters[0].numpy()
+        np.testing.assert_allclose(arrays[role], expected, rtol=2e-3, atol=2e-3)
+
+
+def test_sigint_stops_with_one_line_and_the_command_continues(
+    root: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # the other process has shards of the real size
+    arguments = command(root, base, tmp_path / "out")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nabla_jax.prepare", *arguments],
+        cwd=Path(__file__).parent.parent, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    while not (tmp_path / "out" / "settings.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert errors.strip().split("\n")[-1].endswith("the same command continues")
+    assert "Traceback" not in errors
+    prepare_module.main(arguments)
+    prepare_module.main(command(root, base, tmp_path / "whole"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_hash_of_a_folder_sees_names_and_contents(tmp_path: Path) -> None:
@@ -354,7 +420,19 @@ def test_the_command_says_what_is_missing_in_one_line(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 2
     assert (
-        done.stderr.count("\n") == 1
-        and "prepare is missing" in done.stderr
-        and str(tmp_path / "none") in done.stderr
+        done.stderr.count("\n") == 1 and "prepare is missing" in done.stderr and str(tmp_path / "none") in done.stderr
     )
+
+
+def test_an_interrupt_does_not_wait_for_the_queue() -> None:
+    started = []
+
+    def work(item: int) -> None:
+        started.append(item)
+        time.sleep(0.02)
+
+    with pytest.raises(KeyboardInterrupt), prepare_module._thread_pool() as pool:
+        futures = [pool.submit(work, i) for i in range(500)]
+        futures[0].result()
+        raise KeyboardInterrupt
+    assert len(started) < 100
