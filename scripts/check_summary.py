@@ -47,6 +47,4 @@ if __name__ == "__main__":
     lines = problems(json.loads(summary.read_text()))
     if lines:
         sys.exit(f"{summary}: {len(lines)} problems\n" + "\n".join(lines))
-    print(
-        f"{summary}: {len(MODELS)} models x {len(BENCHMARKS)} benchmarks x {len(METRICS)} metrics, complete"
-    )
+    print(f"{summary}: {len(MODELS)} models x {len(BENCHMARKS)} benchmarks x {len(METRICS)} metrics, complete")

@@ -12,19 +12,20 @@ python=${PYTHON:-python3}
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 
-# The configuration's own folders hold world 0; another world goes beside them.
-suffix=$([[ $seed == 0 ]] || echo "-$seed")
-world=data/toybirds$suffix
 run=runs/demo/world-$seed
 report=runs/demo/report
-config=(
-    --config configs/omk_fill.py:toy
-    "--config.data.root=$world/nabirds"
-    "--config.data.prepared=prepared/toybirds-kontext-48$suffix"
-    "--config.benchmarks.toy-nabla=$world/nabirds"
-    "--config.benchmarks.toy-inat-unseen=$world/inat/unseen"
-    "--config.train.workdir=$run/train"
-)
+config=(--config configs/omk_fill.py:toy "--config.train.workdir=$run/train")
+world=data/toybirds
+if [[ $seed != 0 ]]; then
+    # The configuration's own folders hold world 0; another world goes beside them.
+    world=data/toybirds-$seed
+    config+=(
+        "--config.data.root=$world/nabirds"
+        "--config.data.prepared=prepared/toybirds-$seed"
+        "--config.benchmarks.toy-nabla=$world/nabirds"
+        "--config.benchmarks.toy-inat-unseen=$world/inat/unseen"
+    )
+fi
 
 step() {
     echo "--- $1"

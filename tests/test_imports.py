@@ -99,9 +99,7 @@ def test_the_core_is_light_to_import() -> None:
 
 
 def test_errors_in_a_configuration_are_told_before_jax_loads() -> None:
-    found = loaded_by(
-        "nabla_jax", "nabla_jax.errors", "nabla_jax.config", "nabla_jax.train", "nabla_jax.generate"
-    )
+    found = loaded_by("nabla_jax", "nabla_jax.errors", "nabla_jax.config", "nabla_jax.train", "nabla_jax.generate")
     assert found & {"jax", "torch", "transformers"} == set()
 
 

@@ -93,7 +93,9 @@ class FluxConfig:
         fields = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(k for k in raw if not k.startswith("_") and k not in fields)
         if unknown:
-            raise UserError(f"transformer config: unknown keys {', '.join(unknown)}; expected {', '.join(sorted(fields))}")
+            raise UserError(
+                f"transformer config: unknown keys {', '.join(unknown)}; expected {', '.join(sorted(fields))}"
+            )
         known = {k: v for k, v in raw.items() if k in fields}
         if "axes_dims_rope" in known:
             known["axes_dims_rope"] = tuple(known["axes_dims_rope"])
@@ -187,6 +189,7 @@ class EmbeddingMLP(nnx.Module):
         self.linear_2 = Linear(width, width, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in] -> [..., width]."""
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
 
 
@@ -349,6 +352,7 @@ class GELUProjection(nnx.Module):
         self.proj = Linear(in_features, out_features, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in] -> [..., out]."""
         return jax.nn.gelu(self.proj(x), approximate=True)
 
 
@@ -364,6 +368,7 @@ class FeedForward(nnx.Module):
         )
 
     def __call__(self, x: jax.Array, adapter: Adapter | None) -> jax.Array:
+        """[..., width] -> same shape."""
         return self.net["2"](self.net["0"](x), _linear(adapter, "net", "2"))
 
 

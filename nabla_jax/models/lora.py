@@ -78,7 +78,9 @@ def targets(params: Params, pattern: str, stacked: tuple[str, ...]) -> dict[tupl
     for path, shape in linears(params, stacked):
         hits = [bool(re.fullmatch(pattern, name)) for name in module_names(path, shape, stacked)]
         if any(hits) and not all(hits):
-            raise UserError(f"lora.targets: {pattern!r} matches {'.'.join(path)} in some blocks only, expected all or none")
+            raise UserError(
+                f"lora.targets: {pattern!r} matches {'.'.join(path)} in some blocks only, expected all or none"
+            )
         if all(hits):
             found[path] = shape
     if not found:

@@ -44,9 +44,7 @@ def inputs(batch: int, grid: tuple[int, int], text: int = 5, channels: int = 12,
     rng = np.random.default_rng(seed)
     return {
         "hidden_states": rng.normal(size=(batch, grid[0] * grid[1], channels)).astype(np.float32),
-        "encoder_hidden_states": rng.normal(size=(batch, text, TINY["joint_attention_dim"])).astype(
-            np.float32
-        ),
+        "encoder_hidden_states": rng.normal(size=(batch, text, TINY["joint_attention_dim"])).astype(np.float32),
         "pooled_projections": rng.normal(size=(batch, TINY["pooled_projection_dim"])).astype(np.float32),
         "timestep": rng.uniform(0.05, 1, batch).astype(np.float32),
         "img_ids": omini.grid_ids(*grid),
@@ -140,9 +138,7 @@ def test_splitting_the_noisy_stream_changes_nothing(tmp_path: Path) -> None:
     component = load(model, tmp_path)
     text, noise = branches(data, 1.0)
     parts = [slice(0, 7), slice(7, 12)]
-    split = [
-        Branch(noise.tokens[:, p], noise.ids[p], noise.time, noise.guidance, noise.pooled) for p in parts
-    ]
+    split = [Branch(noise.tokens[:, p], noise.ids[p], noise.time, noise.guidance, noise.pooled) for p in parts]
     whole = run(component, [text, noise])
     found = [run(component, [text, *split], output=i) for i in (1, 2)]
     np.testing.assert_allclose(np.concatenate(found, 1), whole, rtol=0, atol=1e-5)
