@@ -4,13 +4,12 @@ from ml_collections import ConfigDict
 
 from nabla_jax.errors import UserError
 
-PREVIEW = (
-    "make demo  (or python -m nabla_jax.train --config configs/omk_fill.py:toy after make demo made its data)"
-)
+PREVIEW = "make demo  (or python -m nabla_jax.train --config configs/omk_fill.py:toy after make demo made its data)"
 
 KONTEXT = (
-    "accept the licence at https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev, then run "
-    "`hf download black-forest-labs/FLUX.1-Kontext-dev --local-dir checkpoints/FLUX.1-Kontext-dev` (34 GB)"
+    "accept the licence at https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev, then run `hf auth login` "
+    "and `hf download black-forest-labs/FLUX.1-Kontext-dev --exclude flux1-kontext-dev.safetensors --local-dir "
+    "checkpoints/FLUX.1-Kontext-dev` (34 GB)"
 )
 
 NABIRDS = (

@@ -1,6 +1,10 @@
 """What several test files need: a pipeline folder with random weights, a small world, and configurations for them."""
 
+import atexit
+import functools
 import json
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from nabla_jax import config as configs
+from nabla_jax import prepare, train
 from nabla_jax.checkpoints import pipeline
 from nabla_jax.models import autoencoder, clip, flux, layers, t5
 from nabla_jax.pretrain import text
@@ -59,9 +64,7 @@ def write_base(folder: Path, seed: int = 0) -> Path:
         bos_token_id=vocabulary[text.BOS],
         eos_token_id=vocabulary[text.EOS],
     )
-    text_encoder_2 = t5.T5Config(
-        vocab_size=len(pieces), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2
-    )
+    text_encoder_2 = t5.T5Config(vocab_size=len(pieces), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     configs_of = {
         "vae": vae,
         "transformer": transformer,
@@ -118,3 +121,24 @@ def write_config(root: Path, path: Path, **overrides: Any) -> Path:
     """The same as a file for the command line."""
     path.write_text(f"def get_config(arg=''):\n    return {values(root, **overrides)!r}\n")
     return path
+
+
+@functools.cache
+def prepared_root() -> Path:
+    """A folder with ``base``, ``world`` and ``prepared``, made once per process. Tests must not change it."""
+    root = Path(tempfile.mkdtemp(prefix="nabla_jax_tests_"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    write_base(root / "base")
+    write_small_world(root / "world")
+    made = config(root)
+    prepare.prepare(made, prepare.load_encoders(made))
+    return root
+
+
+@functools.cache
+def trained_run() -> Path:
+    """The run folder of four uninterrupted training steps on ``prepared_root``. Tests must not change it."""
+    root = prepared_root()
+    config_file = write_config(root, root / "config.py")
+    train.main(["--config", str(config_file)])
+    return root / "run"

@@ -1,0 +1,209 @@
+"""Re-posing from Python, on a tiny random base."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+import nabla_jax
+from nabla_jax import api, runs
+from nabla_jax.checkpoints import adapters
+from nabla_jax.conditioning.geometry import Placement
+from nabla_jax.config import Conditioning, Sample
+from nabla_jax.errors import UserError
+from nabla_jax.models import flux
+from nabla_jax.models.lora import Adapter
+from tests import fixtures
+
+CONDITIONING = Conditioning(size=fixtures.SIZE, text_length=8)
+
+
+def base() -> Path:
+    return fixtures.prepared_root() / "base"
+
+
+@functools.cache
+def untuned() -> api.Reposer:
+    return nabla_jax.load(base(), conditioning=CONDITIONING, sample=Sample(steps=2, seed=5))
+
+
+@functools.cache
+def tuned() -> api.Reposer:
+    return nabla_jax.load(base(), fixtures.trained_run())
+
+
+def picture(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A random picture and the mask of a box in it."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    mask = np.zeros((height, width), bool)
+    mask[height // 4 : height // 2, width // 3 : width // 2 + 1] = True
+    return pixels, mask
+
+
+@pytest.mark.parametrize(
+    ("subject", "target"),
+    [((40, 60), (50, 30)), ((31, 33), (97, 20)), ((8, 200), (1, 5)), ((32, 32), (32, 32))],
+)
+def test_any_two_sizes_give_a_picture_of_the_targets_size(subject: tuple[int, int], target: tuple[int, int]) -> None:
+    (a, a_mask), (b, b_mask) = picture(*subject, 0), picture(*target, 1)
+    b_mask[0, 0] = True
+    result = untuned().repose(a, b, a_mask, b_mask)
+    assert isinstance(result, Image.Image)
+    assert (result.height, result.width) == target
+
+
+def test_paths_pil_images_and_arrays_are_the_same_and_the_seed_decides(tmp_path: Path) -> None:
+    (a, a_mask), (b, b_mask) = picture(40, 60, 0), picture(50, 30, 1)
+    images = [Image.fromarray(x) for x in (a, b, a_mask, b_mask)]
+    paths = [tmp_path / f"{i}.png" for i in range(4)]
+    for image, path in zip(images, paths, strict=True):
+        image.save(path)
+    first = np.asarray(untuned().repose(a, b, a_mask, b_mask))
+    np.testing.assert_array_equal(first, np.asarray(untuned().repose(*images)))
+    np.testing.assert_array_equal(first, np.asarray(untuned().repose(*paths)))
+    assert not np.array_equal(first, np.asarray(untuned().repose(a, b, a_mask, b_mask, seed=6)))
+    np.testing.assert_array_equal(first, np.asarray(untuned().repose(a, b, a_mask, b_mask, seed=5)))
+    assert not np.array_equal(first, np.asarray(untuned().repose(a, b, a_mask, b_mask, steps=3)))
+    assert not np.array_equal(first, np.asarray(untuned().repose(a, b, a_mask, b_mask, guidance=9.0)))
+
+
+def test_a_picture_does_not_depend_on_its_batch() -> None:
+    jobs = [api.Job(f"pair {i}", *picture(40 + i, 60, i), *picture(30, 50 - i, 10 + i)) for i in range(3)]
+    sample = Sample(steps=2, batch=3)
+    together = [image for image, _ in untuned().repose_batch(jobs, sample)]
+    reversed_ = [image for image, _ in untuned().repose_batch(jobs[::-1], sample)][::-1]
+    alone = [untuned().repose_batch([job], sample)[0][0] for job in jobs]
+    single = [untuned().repose_batch([job], dataclasses.replace(sample, batch=1))[0][0] for job in jobs]
+    for i in range(3):
+        np.testing.assert_array_equal(together[i], reversed_[i])
+        np.testing.assert_array_equal(together[i], alone[i])
+        # Another batch size is another program: equal to rounding.
+        assert np.abs(together[i].astype(int) - single[i]).max() <= 1
+
+
+def test_keys_of_pairs_give_them_different_noise() -> None:
+    a, b = picture(40, 40, 0), picture(40, 40, 1)
+    sample = Sample(steps=2, batch=2)
+    (one, _), (two, _) = untuned().repose_batch([api.Job("1_1in2", *a, *b), api.Job("1_2in1", *a, *b)], sample)
+    assert not np.array_equal(one, two)
+
+
+def test_an_adapter_whose_b_is_zero_is_the_bare_base(tmp_path: Path) -> None:
+    trained = tuned()
+    zeroed = {name: Adapter(_zero_b(adapter.params), adapter.scale) for name, adapter in trained.adapters.items()}
+    (a, a_mask), (b, b_mask) = picture(40, 60, 0), picture(50, 30, 1)
+    options = {"seed": 5, "steps": 2, "guidance": 2.5}
+    bare = np.asarray(untuned().repose(a, b, a_mask, b_mask, **options)).astype(int)
+    with_zero = dataclasses.replace(trained, adapters=zeroed).repose(a, b, a_mask, b_mask, **options)
+    with_trained = trained.repose(a, b, a_mask, b_mask, **options)
+    assert np.abs(np.asarray(with_zero) - bare).max() <= 1
+    assert np.abs(np.asarray(with_trained) - bare).max() > 1
+
+
+def _zero_b(tree: dict) -> dict:
+    return {k: jnp.zeros_like(v) if k == "lora_B" else v if k == "lora_A" else _zero_b(v) for k, v in tree.items()}
+
+
+def test_reconstruction_equals_diffusers_autoencoder() -> None:
+    image, _ = picture(fixtures.SIZE, fixtures.SIZE, 3)
+    ours = untuned().reconstruct([image], 1)[0]
+    vae = AutoencoderKL.from_pretrained(base() / "vae")
+    x = torch.tensor(image).permute(2, 0, 1)[None].float() / 127.5 - 1
+    with torch.no_grad():
+        y = vae.decode(vae.encode(x).latent_dist.mode()).sample
+    theirs = ((y[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).numpy()
+    assert np.abs(ours - theirs).max() <= 1
+
+
+def test_settings_come_from_the_adapters_metadata() -> None:
+    reposer = tuned()
+    assert reposer.conditioning == CONDITIONING
+    assert (reposer.defaults.steps, reposer.defaults.guidance) == (2, 2.5)
+    assert reposer.method.adapter == "fill"
+    assert reposer.adapter_path == runs.RunFolder(fixtures.trained_run()).adapter(4, "fill")
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+
+
+def trained_file() -> Path:
+    return runs.RunFolder(fixtures.trained_run()).adapter(4, "fill")
+
+
+def test_adapter_for_another_base_is_refused(tmp_path: Path) -> None:
+    other = fixtures.write_base(tmp_path / "base", seed=1)
+    with pytest.raises(UserError, match=r"fill\.safetensors: adapter for another base: trained on base"):
+        nabla_jax.load(other, trained_file())
+
+
+def test_adapter_trained_under_other_conditions_is_refused() -> None:
+    with pytest.raises(UserError, match="trained with prompt 'A photo of a bird.', the configuration asks for"):
+        nabla_jax.load(base(), trained_file(), conditioning=dataclasses.replace(CONDITIONING, prompt="An owl."))
+
+
+def test_adapter_that_cannot_be_found(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="found nothing at"):
+        nabla_jax.load(base(), tmp_path / "absent", conditioning=CONDITIONING)
+    with pytest.raises(UserError, match="expected one safetensors file, found none"):
+        nabla_jax.load(base(), tmp_path, conditioning=CONDITIONING)
+    with pytest.raises(UserError, match="no-such"):
+        nabla_jax.load(base(), "asset:no-such", conditioning=CONDITIONING)
+
+
+@pytest.mark.parametrize("damage", ["missing", "extra", "misshapen"])
+def test_adapter_with_a_wrong_tensor_is_refused(damage: str, tmp_path: Path) -> None:
+    tensors = load_file(trained_file())
+    name = "transformer.transformer_blocks.1.attn.to_k.lora_A.weight"
+    if damage == "missing":
+        del tensors[name]
+    elif damage == "extra":
+        name = name.replace("to_k", "to_z")
+        tensors[name] = np.zeros(3, np.float32)
+    else:
+        tensors[name] = tensors[name][:, :-1]
+    save_file(tensors, tmp_path / "fill.safetensors")
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        nabla_jax.load(base(), tmp_path / "fill.safetensors", conditioning=CONDITIONING)
+
+
+def test_a_file_without_metadata_needs_conditions_and_has_alpha_equal_to_rank(tmp_path: Path) -> None:
+    save_file(load_file(trained_file()), tmp_path / "fill.safetensors")
+    with pytest.raises(UserError, match="has no metadata"):
+        nabla_jax.load(base(), tmp_path / "fill.safetensors")
+    reposer = nabla_jax.load(base(), tmp_path / "fill.safetensors", conditioning=CONDITIONING)
+    assert reposer.adapters["fill"].scale == 1.0
+
+
+def test_alpha_is_respected(tmp_path: Path) -> None:
+    trained = tuned()
+    metadata = dataclasses.replace(adapters.read_metadata(trained_file()), alpha=6.0)
+    adapters.save_adapter(tmp_path / "fill.safetensors", trained.adapters["fill"], metadata, stacked=flux.STACKED)
+    assert nabla_jax.load(base(), tmp_path / "fill.safetensors").adapters["fill"].scale == 3.0
+
+
+def test_masks_and_pictures_that_do_not_fit(tmp_path: Path) -> None:
+    (a, a_mask), (b, b_mask) = picture(40, 60, 0), picture(50, 30, 1)
+    with pytest.raises(UserError, match=r"target_mask: found shape \(40, 60\), expected \(50, 30\)"):
+        untuned().repose(a, b, a_mask, a_mask)
+    with pytest.raises(UserError, match="subject_mask: the mask is empty"):
+        untuned().repose(a, b, np.zeros_like(a_mask), b_mask)
+    with pytest.raises(UserError, match="subject: found float32"):
+        untuned().repose(a.astype(np.float32), b, a_mask, b_mask)
+    Image.fromarray(a).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:500])
+    with pytest.raises(UserError, match="a.png: truncated or damaged"):
+        untuned().repose(tmp_path / "a.png", b, a_mask, b_mask)
+
+
+def test_placement_of_a_result_inverts_its_canvas() -> None:
+    job = api.Job("x", *picture(40, 60, 0), *picture(50, 30, 1))
+    image, placement = untuned().repose_batch([job], Sample(steps=2, batch=1))[0]
+    assert placement == Placement.square(50, 30, fixtures.SIZE)
+    assert image.shape == (50, 30, 3)

@@ -1,0 +1,300 @@
+"""Training on a tiny random base: continuing, stopping, exporting, and refusing what does not fit."""
+
+import json
+import os
+import shutil
+import signal
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from nabla_jax import reposing, runs, train, training
+from nabla_jax.checkpoints import adapters, pipeline
+from nabla_jax.checkpoints.run_state import RunState
+from nabla_jax.data.loader import make_loader
+from nabla_jax.errors import UserError
+from nabla_jax.models import flux, lora
+from nabla_jax.parallel import mesh as meshes
+from tests import fixtures
+
+VALUES = ("step", "loss", "grad_norm", "d")
+
+
+def arguments(tmp_path: Path, **overrides: Any) -> list[str]:
+    """The command line of a run in ``tmp_path / "run"`` on the shared prepared folder."""
+    root = fixtures.prepared_root()
+    overrides = {"train__workdir": str(tmp_path / "run"), **overrides}
+    return ["--config", str(fixtures.write_config(root, tmp_path / "config.py", **overrides))]
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """What a run measured, without the timings."""
+    return [{k: row[k] for k in VALUES} for row in runs.read_rows(run / "metrics.jsonl")]
+
+
+def adapter_bytes(run: Path, step: int = 4) -> bytes:
+    return runs.RunFolder(run).adapter(step, "fill").read_bytes()
+
+
+def arrays(run: Path, step: int) -> dict[str, np.ndarray]:
+    """Every leaf of a checkpoint, read without the program that wrote it knowing the structure."""
+    import orbax.checkpoint as ocp
+
+    with ocp.CheckpointManager((run / "checkpoints").absolute()) as manager:
+        restored = manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore()))
+    leaves = jax.tree_util.tree_flatten_with_path(restored["arrays"])[0]
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Bitwise: adapter file, metrics, and the whole state."""
+    assert metrics(run) == metrics(other)
+    assert adapter_bytes(run) == adapter_bytes(other)
+    here, there = arrays(run, 4), arrays(other, 4)
+    assert here.keys() == there.keys()
+    for name, value in here.items():
+        np.testing.assert_array_equal(value, there[name], err_msg=name)
+    positions = [(r / "checkpoints" / "4" / "position" / "metadata").read_text() for r in (run, other)]
+    assert positions[0] == positions[1]
+
+
+def at_call(number: int, do: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs ``do`` when the batch of the run's ``number``-th step has just arrived."""
+    original, count = training.device_batch, 0
+
+    def patched(*args: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == number:
+            do()
+        return original(*args)
+
+    monkeypatch.setattr(training, "device_batch", patched)
+
+
+def test_two_steps_and_two_more_are_four(tmp_path: Path) -> None:
+    train.main(arguments(tmp_path, train__steps=2))
+    assert runs.RunFolder(tmp_path / "run").last_step() == 2
+    train.main(arguments(tmp_path))
+    assert_same_run(tmp_path / "run", fixtures.trained_run())
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_continues(
+    signum: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_call(3, lambda: os.kill(os.getpid(), signum), monkeypatch)
+    with pytest.raises(runs.Interrupted, match="after step 3 of 4; the same command continues") as stop:
+        train.main(arguments(tmp_path))
+    assert stop.value.signum == signum
+    monkeypatch.undo()
+    train.main(arguments(tmp_path))
+    assert_same_run(tmp_path / "run", fixtures.trained_run())
+
+
+def test_a_death_between_checkpoints_loses_and_doubles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die() -> None:
+        raise SystemError("power cut")
+
+    at_call(4, die, monkeypatch)
+    with pytest.raises(SystemError):
+        train.main(arguments(tmp_path))
+    monkeypatch.undo()
+    run = tmp_path / "run"
+    # What a dying process may leave: a row beyond the checkpoint, half a row, a checkpoint never finished.
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss": 0.0, "grad_norm": 0.0, "d": 0.0}\n{"step": 4, "lo')
+    shutil.copytree(run / "checkpoints" / "2", run / "checkpoints" / "4.orbax-checkpoint-tmp-0")
+    train.main(arguments(tmp_path))
+    assert_same_run(run, fixtures.trained_run())
+
+
+def test_a_finished_run_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(fixtures.trained_run(), tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(train, "train", fail)
+    train.main(arguments(tmp_path))
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_a_process_that_died_before_the_export_exports_on_the_next_start(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(fixtures.trained_run(), run)
+    (run / "config.json").unlink()
+    shutil.rmtree(run / "adapters" / "step_4")
+    (run / "adapters" / "last").write_text("step_2\n")
+    train.main(arguments(tmp_path))
+    assert_same_run(run, fixtures.trained_run())
+
+
+def test_the_exported_adapter_is_the_trained_one_under_published_names() -> None:
+    run = fixtures.trained_run()
+    path = runs.RunFolder(run).adapter(4, "fill")
+    tensors = load_file(path)
+    linears = {name.rsplit(".lora_", 1)[0] for name in tensors}
+    # 12 adapted linears per pair of double and single block, and the picture embedding (see PEFT's rule).
+    assert len(linears) == 2 * 6 + 2 * 6 + 1
+    assert "transformer.transformer_blocks.1.attn.to_out.0" in linears
+    assert "transformer.single_transformer_blocks.0.proj_mlp" in linears
+    state = arrays(run, 4)
+    stacked = state["['adapters']['fill']['transformer_blocks']['attn']['to_q']['lora_B']"]
+    np.testing.assert_array_equal(stacked[1], tensors["transformer.transformer_blocks.1.attn.to_q.lora_B.weight"])
+    assert all(np.abs(v).max() > 0 for k, v in tensors.items() if ".lora_B." in k)
+    metadata = adapters.read_metadata(path)
+    assert (metadata.rank, metadata.alpha, metadata.size, metadata.step) == (2, 2.0, fixtures.SIZE, 4)
+    assert (metadata.prompt, metadata.control, metadata.guidance) == ("A photo of a bird.", "fill", 1.0)
+    assert metadata.base_sha256 == pipeline.folder_hash(fixtures.prepared_root() / "base" / "transformer")
+
+
+def test_run_folder_records_configuration_and_environment() -> None:
+    run = fixtures.trained_run()
+    stored = json.loads((run / "config.json").read_text())
+    assert stored["lora"]["rank"] == 2
+    assert stored["sample"]["guidance"] == 2.5  # a default, resolved
+    assert json.loads((run / "environment.json").read_text())[0]["versions"]["jax"] == jax.__version__
+    rows = runs.read_rows(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(0 <= row["data_seconds"] <= row["seconds"] for row in rows)
+    assert all(np.isclose(row["samples_per_second"], 2 / row["seconds"], rtol=0.01, atol=0.01) for row in rows)
+
+
+def test_samples_are_drawn_during_training(tmp_path: Path) -> None:
+    from PIL import Image
+
+    train.main(arguments(tmp_path, train__sample_every=2))
+    sheets = sorted((tmp_path / "run" / "samples").iterdir())
+    assert [sheet.name for sheet in sheets] == ["step_2.png", "step_4.png"]
+    first, second = (np.asarray(Image.open(sheet)) for sheet in sheets)
+    # Rows of subject, control, target, drawn; only the last changes while the adapter learns.
+    size = fixtures.SIZE
+    assert first.shape == (3 * size, 4 * size, 3)
+    np.testing.assert_array_equal(first[:, : 3 * size], second[:, : 3 * size])
+    # Drawing pictures takes nothing from training.
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(fixtures.trained_run())
+
+
+def test_loss_is_the_mean_of_its_samples_in_any_order() -> None:
+    config = fixtures.config(fixtures.prepared_root())
+    mesh = meshes.data_mesh()
+    method, base = training.load_method(config, meshes.replicated(mesh))
+    fresh = lora.initialize(jax.random.key(0), base, rank=2, alpha=2.0, stacked=flux.STACKED)
+    batch = training.device_batch(next(make_loader(config.data.prepared, "all_pairs", 4, 7)), mesh)
+    loss = jax.jit(lambda b: reposing.loss(method, {"fill": fresh}, base, b, seed=3, guidance=1.0))
+
+    def rows(*chosen: int) -> float:
+        return float(loss({k: v[jnp.asarray(chosen)] for k, v in batch.items()}))
+
+    whole = rows(0, 1, 2, 3)
+    assert np.isclose(whole, rows(3, 1, 0, 2), rtol=1e-5)
+    assert np.isclose(whole, (rows(0, 1) + rows(2, 3)) / 2, rtol=1e-5)
+    assert not np.isclose(rows(0, 1), rows(2, 3), rtol=1e-5)
+
+
+def test_a_value_that_is_not_finite_stops_the_run() -> None:
+    with pytest.raises(UserError, match="step 7: loss is nan"):
+        training.host_row(7, {"loss": jnp.float32(np.nan), "grad_norm": jnp.float32(1.0)}, {})
+
+
+def test_batch_must_fit_the_devices() -> None:
+    two_devices = types.SimpleNamespace(size=2)
+    meshes.check_batch(4, two_devices, "train.batch")
+    with pytest.raises(UserError, match=r"train\.batch: found 5, expected a multiple of the 2 devices"):
+        meshes.check_batch(5, two_devices, "train.batch")
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.fixture
+def spoilt(tmp_path: Path) -> Path:
+    """A copy of the prepared folder that a test may damage."""
+    return Path(shutil.copytree(fixtures.prepared_root() / "prepared", tmp_path / "prepared"))
+
+
+def test_truncated_shard_is_refused_before_training(spoilt: Path, tmp_path: Path) -> None:
+    shard = next(spoilt.glob("shard-*"))
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=rf"{shard.name}: corrupt or truncated shard"):
+        train.main(arguments(tmp_path, data__prepared=str(spoilt)))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_corrupt_record_names_its_shard(spoilt: Path, tmp_path: Path) -> None:
+    shard = next(spoilt.glob("shard-*"))
+    data = bytearray(shard.read_bytes())
+    data[4096 : len(data) - 4096 : 512] = bytes(len(range(4096, len(data) - 4096, 512)))
+    shard.write_bytes(bytes(data))
+    with pytest.raises(UserError, match=rf"{shard.name}: corrupt"):
+        train.main(arguments(tmp_path, data__prepared=str(spoilt)))
+
+
+def test_prepared_folder_of_another_base_is_refused(tmp_path: Path) -> None:
+    fixtures.write_base(tmp_path / "base", seed=1)
+    with pytest.raises(UserError, match="prepared with other settings .*weights of vae"):
+        train.main(arguments(tmp_path, base__path=str(tmp_path / "base")))
+
+
+def test_prepared_folder_of_another_size_or_prompt_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"conditioning\.size: 32 there, 64 here"):
+        train.main(arguments(tmp_path, conditioning__size=64))
+    with pytest.raises(UserError, match=r"conditioning\.prompt"):
+        train.main(arguments(tmp_path, conditioning__prompt="A bird.", train__workdir=str(tmp_path / "b")))
+
+
+@pytest.mark.parametrize("damage", ["missing", "extra", "misshapen"])
+def test_checkpoint_with_a_wrong_tensor_is_refused(damage: str, tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    base = Path(shutil.copytree(fixtures.prepared_root() / "base", tmp_path / "base"))
+    file = base / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    name = "transformer_blocks.1.attn.to_k.weight"
+    if damage == "missing":
+        del tensors[name]
+    elif damage == "extra":
+        name = "transformer_blocks.1.attn.to_z.weight"
+        tensors[name] = np.zeros(3, np.float32)
+    else:
+        tensors[name] = tensors[name][:-1]
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        train.main(arguments(tmp_path, base__path=str(base)))
+
+
+def test_unwritable_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        train.main(arguments(tmp_path, train__workdir=str(tmp_path / "file" / "run")))
+
+
+def test_damaged_checkpoint_names_its_folder(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train.main(arguments(tmp_path, train__steps=2))
+    shutil.rmtree(run / "checkpoints" / "2" / "arrays" / "d")
+    with pytest.raises(UserError, match=r"checkpoints/2: cannot be restored"):
+        train.main(arguments(tmp_path))
+
+
+def test_restored_state_has_the_layout_of_the_mesh(tmp_path: Path) -> None:
+    mesh = meshes.data_mesh()
+    value = {"a": jax.device_put(jnp.arange(6.0).reshape(2, 3), meshes.replicated(mesh))}
+    with RunState(tmp_path / "checkpoints") as saved:
+        saved.save(5, value, {"loader": {"n": 1}})
+    with RunState(tmp_path / "checkpoints") as saved:
+        assert saved.latest() == 5
+        restored, position = saved.restore(5, jax.eval_shape(lambda: value), meshes.replicated(mesh))
+    assert restored["a"].sharding == value["a"].sharding
+    np.testing.assert_array_equal(restored["a"], value["a"])
+    assert position == {"loader": {"n": 1}}
