@@ -1,9 +1,10 @@
 """FLUX's variational autoencoder (the architecture published as ``AutoencoderKL``).
 
-Pictures are NCHW in [-1, 1]; latents have ``latent_channels`` channels and 1/factor of the height and width (one
-halving per level but the last: 8 for FLUX). Attribute names follow the published checkpoints, so a parameter's
-path in the tree is its checkpoint name split at the dots. Between the ends of ``encode`` and ``decode`` all is
-NHWC: convolutions are compiled to that layout anyway, and transposing around each took a third of the time.
+Pictures are NCHW in [-1, 1]; latents have ``latent_channels`` channels and 1/factor of the height and width
+(one halving per level but the last: 8 for FLUX). Attribute names follow the published checkpoints, so a
+parameter's path in the tree is its checkpoint name split at the dots. Between the ends of ``encode`` and
+``decode`` all is NHWC: CPU convolutions are compiled to that layout anyway, and with a transposition around each
+a picture took a third longer.
 """
 
 import json
@@ -87,9 +88,7 @@ class AutoencoderKLConfig:
                 raise UserError(f"{where}: field {key}: found {others[0]!r}, expected {name!r}")
         values = {k: source[k] for k in cls.__dataclass_fields__ if k in source}
         # The published class's own defaults differ from FLUX's: a missing key must not mean FLUX's value.
-        missing = [
-            k for k in ("block_out_channels", "scaling_factor", "shift_factor") if values.get(k) is None
-        ]
+        missing = [k for k in ("block_out_channels", "scaling_factor", "shift_factor") if values.get(k) is None]
         if missing:
             raise UserError(f"{where}: field {missing[0]}: missing, expected a value")
         defaults = {
@@ -131,9 +130,7 @@ def _convolve(conv: Conv2d, x: jax.Array) -> jax.Array:
     """A convolution with [out, in, kh, kw] weights of NHWC pictures: [B, H, W, in] -> [B, H', W', out]."""
     weight = conv.weight[...].astype(x.dtype)
     strides = (conv.stride, conv.stride)
-    y = jax.lax.conv_general_dilated(
-        x, weight, strides, conv.padding, dimension_numbers=("NHWC", "OIHW", "NHWC")
-    )
+    y = jax.lax.conv_general_dilated(x, weight, strides, conv.padding, dimension_numbers=("NHWC", "OIHW", "NHWC"))
     return y if conv.bias is None else y + conv.bias[...].astype(x.dtype)
 
 
@@ -161,17 +158,13 @@ def _norm_conv(norm: GroupNorm, conv: Conv2d, x: jax.Array) -> jax.Array:
 class ResnetBlock(nnx.Module):
     """Two (GroupNorm, SiLU, 3x3 convolution) and a residual (by a 1x1 convolution if the width changes)."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, groups: int, *, rngs: nnx.Rngs, dtype: DTypeLike
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, groups: int, *, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
         self.norm1 = GroupNorm(groups, in_channels, eps=NORM_EPS, dtype=dtype)
         self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1, rngs=rngs, dtype=dtype)
         self.norm2 = GroupNorm(groups, out_channels, eps=NORM_EPS, dtype=dtype)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1, rngs=rngs, dtype=dtype)
         self.conv_shortcut = (
-            Conv2d(in_channels, out_channels, 1, rngs=rngs, dtype=dtype)
-            if in_channels != out_channels
-            else None
+            Conv2d(in_channels, out_channels, 1, rngs=rngs, dtype=dtype) if in_channels != out_channels else None
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -218,9 +211,7 @@ class MidBlock(nnx.Module):
     """Resnet block, attention, resnet block."""
 
     def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
-        self.resnets = nnx.List(
-            [ResnetBlock(channels, channels, groups, rngs=rngs, dtype=dtype) for _ in range(2)]
-        )
+        self.resnets = nnx.List([ResnetBlock(channels, channels, groups, rngs=rngs, dtype=dtype) for _ in range(2)])
         self.attentions = nnx.List([Attention(channels, groups, rngs=rngs, dtype=dtype)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -358,9 +349,7 @@ class Decoder(nnx.Module):
 class AutoencoderKL(nnx.Module):
     """Convolutional variational autoencoder, attention at the lowest resolution (Rombach et al. 2022)."""
 
-    def __init__(
-        self, config: AutoencoderKLConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
-    ) -> None:
+    def __init__(self, config: AutoencoderKLConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         config.check()
         c = config.latent_channels
         self.encoder = Encoder(config, rngs=rngs, dtype=dtype)

@@ -1,11 +1,10 @@
 """Trains a small autoencoder from scratch on pictures of birds and their masks.
 
 The objective is reconstruction (squared and absolute error, the bird weighted more) plus a small KL term
-towards the unit normal, as in Rombach et al. 2022 without the adversarial part. Every sample depends on (seed,
-step) alone, so a run continued from a checkpoint equals one that was never stopped.
+towards the unit normal, as in Rombach et al. 2022 without the adversarial part. Every sample depends on
+(seed, step) alone, so a run continued from a checkpoint equals one that was never stopped.
 """
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,12 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
 
 from nabla_jax.checkpoints.pipeline import write_json
 from nabla_jax.checkpoints.safetensors_io import save_tree
-from nabla_jax.errors import UserError
 from nabla_jax.models import layers
 from nabla_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from nabla_jax.pretrain.state import load_arrays, save_arrays
@@ -126,9 +122,7 @@ def loss(
 
 def optimizer(settings: Settings) -> optax.GradientTransformation:
     """AdamW with warm-up, cosine decay to zero and clipped gradients."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, settings.learning_rate, settings.warmup, settings.steps
-    )
+    schedule = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, settings.warmup, settings.steps)
     return optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=settings.weight_decay)
     )
@@ -137,7 +131,7 @@ def optimizer(settings: Settings) -> optax.GradientTransformation:
 def make_step(
     graphdef: "nnx.GraphDef[AutoencoderKL]", settings: Settings
 ) -> Callable[..., tuple[Params, Params, Any, dict[str, jax.Array]]]:
-    """The compiled update: params, ema, optimizer state, step, images, masks -> the first three and metrics."""
+    """The compiled update: (params, ema, optimizer state, step, images, masks) -> the first three, metrics."""
     tx = optimizer(settings)
 
     def step(
@@ -146,9 +140,7 @@ def make_step(
         key = jax.random.fold_in(jax.random.key(settings.seed), number)
         images = images.astype(jnp.float32).transpose(0, 3, 1, 2) / 127.5 - 1
         birds = masks.astype(jnp.float32)
-        grads, metrics = jax.grad(lambda p: loss(graphdef, p, images, birds, key, settings), has_aux=True)(
-            params
-        )
+        grads, metrics = jax.grad(lambda p: loss(graphdef, p, images, birds, key, settings), has_aux=True)(params)
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         # The average follows closely at first, else early parameters linger in it.
@@ -159,9 +151,7 @@ def make_step(
     return jax.jit(step, donate_argnums=(0, 1, 2))
 
 
-def draw_batch(
-    pictures: np.ndarray, masks: np.ndarray, step: int, settings: Settings
-) -> tuple[np.ndarray, np.ndarray]:
+def draw_batch(pictures: np.ndarray, masks: np.ndarray, step: int, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
     """The batch of one step: drawn with replacement, mirrored half of the time, some partly flattened.
 
     Args:

@@ -95,9 +95,7 @@ def test_equals_torch(batch: int, height: int, width: int, change: dict) -> None
     rng = np.random.default_rng(0)
     images = rng.uniform(-1, 1, (batch, 3, height, width)).astype(np.float32)
     factor = 2 ** (levels - 1)
-    z = rng.normal(size=(batch, config["latent_channels"], height // factor, width // factor)).astype(
-        np.float32
-    )
+    z = rng.normal(size=(batch, config["latent_channels"], height // factor, width // factor)).astype(np.float32)
     with torch.no_grad():
         posterior = reference.encode(torch.from_numpy(images)).latent_dist
         decoded = reference.decode(torch.from_numpy(z)).sample.numpy()
@@ -117,9 +115,7 @@ def test_logvar_is_clipped() -> None:
 
 def test_chunked_attention_equals_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = jax.random.normal(jax.random.key(0), (3, 30, 8))
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        *(torch.tensor(np.asarray(x)) for x in (q, k, v))
-    )
+    expected = torch.nn.functional.scaled_dot_product_attention(*(torch.tensor(np.asarray(x)) for x in (q, k, v)))
     monkeypatch.setattr("nabla_jax.models.autoencoder.QUERY_CHUNK", 7)
     np.testing.assert_allclose(_attend(q, k, v), expected.numpy(), atol=1e-6)
 
