@@ -60,10 +60,7 @@ class Placement:
             raise ValueError(f"box {self.box} is not a non-empty box of a {self.height}x{self.width} picture")
         if min(self.padding) < 0 or self.size < 1:
             raise ValueError(f"padding {self.padding} and size {self.size} must not be negative or zero")
-        if (
-            bottom - top + self.padding[0] + self.padding[2]
-            != right - left + self.padding[1] + self.padding[3]
-        ):
+        if bottom - top + self.padding[0] + self.padding[2] != right - left + self.padding[1] + self.padding[3]:
             raise ValueError(f"box {self.box} with padding {self.padding} is not square")
 
     @classmethod
@@ -211,9 +208,7 @@ def _restore(image: Array, dtype: np.dtype[Any]) -> Array:
     return image.astype(dtype)
 
 
-def _resample(
-    image: Array, axis: int, start: float, stop: float, n: int, kind: Filter, whole: bool = False
-) -> Array:
+def _resample(image: Array, axis: int, start: float, stop: float, n: int, kind: Filter, whole: bool = False) -> Array:
     """The stretch [start, stop) of ``axis``, in pixels, as ``n`` samples."""
     edges = start + (stop - start) * np.arange(n + 1) / n
     low, high = 0.0, float(image.shape[axis])

@@ -115,9 +115,7 @@ def encode_prompts(
     ids = tokenize(stack.tokenizers, prompts, length, limit)
 
     @jax.jit
-    def run(
-        clip_params: layers.Params, t5_params: layers.Params, clip_ids: jax.Array, t5_ids: jax.Array
-    ) -> Any:
+    def run(clip_params: layers.Params, t5_params: layers.Params, clip_ids: jax.Array, t5_ids: jax.Array) -> Any:
         embeds, pooled = embed(encoders, clip_params, t5_params, clip_ids, t5_ids)
         return embeds.astype(jnp.float32), pooled.astype(jnp.float32)
 
@@ -134,9 +132,7 @@ def _ids(tokenizer: Any, prompts: Sequence[str], length: int, name: str) -> np.n
     texts = list(prompts)
     cut = sum(len(ids) > length for ids in tokenizer(texts, verbose=False).input_ids)
     if cut:
-        log.warning(
-            "%d of %d prompts have more than %d %s tokens and were cut", cut, len(texts), length, name
-        )
+        log.warning("%d of %d prompts have more than %d %s tokens and were cut", cut, len(texts), length, name)
     batch = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="np")
     return np.asarray(batch.input_ids, np.int32)
 

@@ -99,9 +99,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]; a token attends to itself and to those before it."""
         length = x.shape[1]
-        q, k, v = (
-            f(x).reshape(*x.shape[:2], self.heads, -1) for f in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (f(x).reshape(*x.shape[:2], self.heads, -1) for f in (self.q_proj, self.k_proj, self.v_proj))
         # float32: softmax in bfloat16 loses most of its bits.
         scores = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32)
         scores = jnp.where(jnp.tril(jnp.ones((length, length), bool)), scores * q.shape[-1] ** -0.5, -jnp.inf)
@@ -153,9 +151,7 @@ class Encoder(nnx.Module):
     """All layers in a row."""
 
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
-        self.layers = nnx.List(
-            [EncoderLayer(config, rngs=rngs, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        )
+        self.layers = nnx.List([EncoderLayer(config, rngs=rngs, dtype=dtype) for _ in range(config.num_hidden_layers)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""

@@ -203,9 +203,7 @@ class TimeTextEmbed(nnx.Module):
         )
         self.text_embedder = EmbeddingMLP(config.pooled_projection_dim, config.width, rngs=rngs, dtype=dtype)
 
-    def __call__(
-        self, time: jax.Array, guidance: jax.Array | None, pooled: jax.Array, dtype: DTypeLike
-    ) -> jax.Array:
+    def __call__(self, time: jax.Array, guidance: jax.Array | None, pooled: jax.Array, dtype: DTypeLike) -> jax.Array:
         """([B], [B] or None, [B, P]) -> [B, D]."""
         temb = self.timestep_embedder(sinusoid(time).astype(dtype)) + self.text_embedder(pooled.astype(dtype))
         if (self.guidance_embedder is None) != (guidance is None):

@@ -111,9 +111,7 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
         """[B, T, D], bias [B or 1, N, T, T] -> [B, T, D]."""
-        q, k, v = (
-            f(x).reshape(*x.shape[:2], self.heads, -1) for f in (self.q, self.k, self.v)
-        )  # [B, T, N, H]
+        q, k, v = (f(x).reshape(*x.shape[:2], self.heads, -1) for f in (self.q, self.k, self.v))  # [B, T, N, H]
         # float32: unscaled scores are large, and softmax in bfloat16 would round their differences away.
         scores = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32) + bias
         weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)

@@ -1,0 +1,1 @@
+"""From nothing to a small base checkpoint: pictures, autoencoder, text encoders, transformer."""

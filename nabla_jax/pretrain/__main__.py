@@ -22,7 +22,6 @@ from nabla_jax.models import layers
 from nabla_jax.models.autoencoder import AutoencoderKLConfig
 from nabla_jax.models.flux import FluxConfig
 from nabla_jax.pretrain import autoencoder, latents, pictures, text, transformer
-from nabla_jax.pretrain.state import load_arrays
 from nabla_jax.runs import read_json, run_main, write_json
 
 _HELD_OUT = 100
@@ -109,9 +108,7 @@ def train_transformer(
 def write_checkpoint(config: PretrainConfig, state: transformer.State, encoders: Any) -> None:
     """Writes the averaged weights in the published layout, bfloat16."""
     output = Path(config.output)
-    pipeline.save_part(
-        output, "transformer", config.transformer_model, state.ema["transformer"], dtype=jnp.bfloat16
-    )
+    pipeline.save_part(output, "transformer", config.transformer_model, state.ema["transformer"], dtype=jnp.bfloat16)
     kept = dataclasses.replace(
         encoders,
         clip=dataclasses.replace(encoders.clip, params=state.ema["text"]["clip"]),

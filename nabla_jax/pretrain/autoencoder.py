@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from nabla_jax import runs
 from nabla_jax.checkpoints.pipeline import write_json
 from nabla_jax.checkpoints.safetensors_io import save_tree
 from nabla_jax.models import layers
@@ -268,25 +269,30 @@ def train(
         state = load_state(checkpoint, state)
     step_fn = make_step(graphdef, settings)
     start, clock = state.step, time.monotonic()
-    for number in range(state.step, settings.steps):
-        images, birds = draw_batch(pictures, masks, number, settings)
-        params, ema, opt, metrics = step_fn(state.params, state.ema, state.optimizer, number, images, birds)
-        state = State(number + 1, params, ema, opt)
-        if state.step % every == 0 or state.step == settings.steps:
-            values = {k: float(v) for k, v in metrics.items()}
-            rate = (state.step - start) * settings.batch / (time.monotonic() - clock)
-            decoded, _ = reconstruct(graphdef, state.ema, held_out[0])
-            save_state(checkpoint, state)
-            report(
-                {
-                    "step": state.step,
-                    "samples_per_second": rate,
-                    **values,
-                    "psnr_bird": psnr(held_out[0], decoded, held_out[1]),
-                    "psnr": psnr(held_out[0], decoded),
-                }
-            )
-            start, clock = state.step, time.monotonic()
+    with runs.StopSignals() as stop, runs.progress(settings.steps, "autoencoder", done=start, unit="step") as bar:
+        for number in range(state.step, settings.steps):
+            images, birds = draw_batch(pictures, masks, number, settings)
+            params, ema, opt, metrics = step_fn(state.params, state.ema, state.optimizer, number, images, birds)
+            state = State(number + 1, params, ema, opt)
+            bar.update(1)
+            if state.step % every == 0 or state.step == settings.steps:
+                values = {k: float(v) for k, v in metrics.items()}
+                rate = (state.step - start) * settings.batch / (time.monotonic() - clock)
+                decoded, _ = reconstruct(graphdef, state.ema, held_out[0])
+                save_state(checkpoint, state)
+                report(
+                    {
+                        "step": state.step,
+                        "samples_per_second": rate,
+                        **values,
+                        "psnr_bird": psnr(held_out[0], decoded, held_out[1]),
+                        "psnr": psnr(held_out[0], decoded),
+                    }
+                )
+                start, clock = state.step, time.monotonic()
+            if stop.signum is not None:
+                save_state(checkpoint, state)
+                raise runs.Interrupted(stop.signum, f"{checkpoint}: saved after step {state.step}")
     return graphdef, state
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import load_file, save
 
 from nabla_jax.checkpoints.pipeline import Component, Tokenizers
 from nabla_jax.conditioning.geometry import Placement
@@ -55,14 +56,22 @@ def encode(
     whole, crop, cover = [], [], []
     with progress(len(pictures.pictures), "latents", unit="bird") as bar:
         for start in range(0, len(pictures.pictures), _CHUNK):
-            path = folder / f"chunk-{start:07d}.npz"
+            path = folder / f"chunk-{start:07d}.safetensors"
             views = pictures.pictures[start : start + _CHUNK]
             masks = pictures.masks[start : start + _CHUNK]
             if not path.exists():
-                flat, flat_masks = views.reshape(-1, *views.shape[2:]), masks.reshape(-1, *masks.shape[2:])
-                birds = [Placement.subject(m, size).apply(p, 255, "area") for p, m in zip(flat, flat_masks, strict=True)]
-                _save(path, whole=encode_all(flat), crop=encode_all(np.stack(birds)), cover=_cover(flat_masks, config.factor * 2))
-            chunk = np.load(path)
+                flat, shown = views.reshape(-1, *views.shape[2:]), masks.reshape(-1, *masks.shape[2:])
+                birds = [
+                    Placement.subject(mask, size).apply(picture, 255, "area")
+                    for picture, mask in zip(flat, shown, strict=True)
+                ]
+                arrays = {
+                    "whole": encode_all(flat),
+                    "crop": encode_all(np.stack(birds)),
+                    "cover": _cover(shown, config.factor * 2),
+                }
+                write_atomic(path, save(arrays))
+            chunk = load_file(path)
             whole.append(chunk["whole"])
             crop.append(chunk["crop"])
             cover.append(chunk["cover"])
@@ -88,14 +97,6 @@ def _cover(masks: np.ndarray, patch: int) -> np.ndarray:
     n, h, w = masks.shape
     shares = masks.reshape(n, h // patch, patch, w // patch, patch).mean((2, 4))
     return np.round(255 * shares).astype(np.uint8)
-
-
-def _save(path: Path, **arrays: np.ndarray) -> None:
-    import io
-
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    write_atomic(path, buffer.getvalue())
 
 
 def report_to(path: Path) -> Any:

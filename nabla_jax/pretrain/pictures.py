@@ -106,7 +106,8 @@ def render(config: PictureConfig, folder: Path, workers: int) -> Pictures:
                 masks.flush()
                 _write(folder / f"captions-{start:07d}.json", captions)
                 bar.update(len(rgb))
-    captions = [tuple(c) for s in range(0, n, _CHUNK) for c in json.loads((folder / f"captions-{s:07d}.json").read_text())]
+    chunks = [json.loads((folder / f"captions-{s:07d}.json").read_text()) for s in range(0, n, _CHUNK)]
+    captions = [(first, second) for chunk in chunks for first, second in chunk]
     return Pictures(pictures, masks, captions)
 
 

@@ -79,9 +79,7 @@ def make_text_encoders(folder: str | os.PathLike[str], key: jax.Array) -> TextEn
     )
 
 
-def save_text_encoders(
-    folder: str | os.PathLike[str], encoders: TextEncoders, dtype: Any = jnp.float32
-) -> None:
+def save_text_encoders(folder: str | os.PathLike[str], encoders: TextEncoders, dtype: Any = jnp.float32) -> None:
     """Writes ``text_encoder/`` and ``text_encoder_2/`` with parameters in ``dtype``."""
     save_part(folder, "text_encoder", encoders.clip.config, encoders.clip.params, dtype=dtype)
     save_part(folder, "text_encoder_2", encoders.t5.config, encoders.t5.params, dtype=dtype)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from nabla_jax import runs
 from nabla_jax.conditioning import omini
 from nabla_jax.flow.path import pack
 from nabla_jax.models import layers
@@ -234,9 +235,7 @@ def draw_batch(latents: Latents, step: int, settings: Settings) -> tuple[str, di
     same = rng.random(settings.batch) < max(0.0, 1.0 - ramp) * 0.8
     other = np.where(same, view, 1 - view)
     cropped = rng.random(settings.batch) < np.where(same, 0.5, 0.75)
-    reference = np.where(
-        cropped[:, None, None, None], latents.crop[index, other], latents.whole[index, other]
-    )
+    reference = np.where(cropped[:, None, None, None], latents.crop[index, other], latents.whole[index, other])
     plain = rng.random(settings.batch) < (0.05 if task == "caption" else settings.fixed_caption)
     return task, {
         "target": latents.whole[index, view],
@@ -311,23 +310,31 @@ def train(
     begun = clock = time.monotonic()
     gathered: dict[str, list[jax.Array]] = {}
     done = 0
-    while state.step < settings.steps:
-        task, batch = draw_batch(latents, state.step, settings)
-        state.params, state.ema, state.optimizer, metrics = update(
-            state.params, state.ema, state.optimizer, state.step, batch, task=task
-        )
-        state.step += 1
-        done += 1
-        gathered.setdefault(f"{task}_loss", []).append(metrics["loss"])
-        gathered.setdefault(f"{task}_bird", []).append(metrics["bird"])
-        over = seconds is not None and time.monotonic() - begun > seconds
-        if state.step % every == 0 or state.step == settings.steps or over:
-            means = {name: float(np.mean([float(v) for v in values])) for name, values in gathered.items()}
-            rate = done * settings.batch / (time.monotonic() - clock)
-            report({"step": state.step, "samples_per_second": rate, **means})
-            gathered, done, clock = {}, 0, time.monotonic()
-        if state.step % save_every == 0 or state.step == settings.steps or over:
-            save_arrays(checkpoint, state.step, (state.params, state.ema, state.optimizer))
-        if over:
-            break
+    with (
+        runs.StopSignals() as stop,
+        runs.progress(settings.steps, "transformer", done=state.step, unit="step") as bar,
+    ):
+        while state.step < settings.steps:
+            task, batch = draw_batch(latents, state.step, settings)
+            state.params, state.ema, state.optimizer, metrics = update(
+                state.params, state.ema, state.optimizer, state.step, batch, task=task
+            )
+            state.step += 1
+            done += 1
+            bar.update(1)
+            gathered.setdefault(f"{task}_loss", []).append(metrics["loss"])
+            gathered.setdefault(f"{task}_bird", []).append(metrics["bird"])
+            over = stop.signum is not None or (seconds is not None and time.monotonic() - begun > seconds)
+            last = over or state.step == settings.steps
+            if last or state.step % every == 0:
+                means = {name: float(np.mean([float(v) for v in values])) for name, values in gathered.items()}
+                rate = done * settings.batch / (time.monotonic() - clock)
+                report({"step": state.step, "samples_per_second": rate, **means})
+                gathered, done, clock = {}, 0, time.monotonic()
+            if last or state.step % save_every == 0:
+                save_arrays(checkpoint, state.step, (state.params, state.ema, state.optimizer))
+            if stop.signum is not None:
+                raise runs.Interrupted(stop.signum, f"{checkpoint}: saved after step {state.step}")
+            if over:
+                break
     return state
