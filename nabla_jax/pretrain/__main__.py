@@ -22,7 +22,7 @@ from nabla_jax.models import layers
 from nabla_jax.models.autoencoder import AutoencoderKLConfig
 from nabla_jax.models.flux import FluxConfig
 from nabla_jax.pretrain import autoencoder, latents, pictures, text, transformer
-from nabla_jax.runs import read_json, run_main, write_json
+from nabla_jax.runs import read_json, read_rows, run_main, write_atomic, write_json
 
 _HELD_OUT = 100
 _MEASURED = 1000
@@ -105,9 +105,42 @@ def train_transformer(
     return state, encoders
 
 
-def write_checkpoint(config: PretrainConfig, state: transformer.State, encoders: Any) -> None:
-    """Writes the averaged weights in the published layout, bfloat16."""
+def model_card(config: PretrainConfig, quality: dict[str, float], reports: list[dict[str, Any]], steps: int) -> str:
+    """How the checkpoint was made: seeds, settings, sizes, losses."""
+    samples = steps * config.transformer.batch
+    losses = reports[-1] if reports else {}
+    drawn = config.pictures
+    lines = [
+        f"# {Path(config.output).name}",
+        "",
+        "A small checkpoint in the layout and architecture of FLUX.1-Kontext, made from nothing by",
+        "`python -m nabla_jax.pretrain --config configs/toy_base.py`; Apache-2.0. It knows the birds of the embedded",
+        "world only.",
+        "",
+        f"- Pictures: {drawn.identities} fresh individuals, two views each, {drawn.size} x {drawn.size} pixels, seed "
+        f"{drawn.seed} of `{drawn.world}`: no benchmark's world.",
+        f"- Autoencoder: {quality['steps']:.0f} steps of {config.autoencoder.batch}; on individuals it never saw "
+        f"{quality['psnr_bird']:.2f} dB PSNR inside the bird, {quality['psnr']:.2f} dB over the picture.",
+        f"- Text encoders and transformer, trained together: {steps} steps of {config.transformer.batch} "
+        f"({samples:,} samples), seed {config.transformer.seed}. Tasks: caption to picture, another view of the same "
+        "individual in the noisy stream, the same picture with rectangles blanked out. Never a silhouette, never a "
+        "condition at time 0.",
+        "- Mean loss over the last steps: "
+        + ", ".join(f"{k.removesuffix('_loss')} {v:.4f}" for k, v in sorted(losses.items()) if k.endswith("_loss"))
+        + ".",
+        "- Weights: the running average, bfloat16.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def write_checkpoint(
+    config: PretrainConfig, state: transformer.State, encoders: Any, quality: dict[str, float]
+) -> None:
+    """Writes the averaged weights in the published layout, bfloat16, with a model card."""
     output = Path(config.output)
+    reports = read_rows(Path(config.folder) / "transformer.jsonl")
+    write_atomic(output / "README.md", model_card(config, quality, reports, state.step))
     pipeline.save_part(output, "transformer", config.transformer_model, state.ema["transformer"], dtype=jnp.bfloat16)
     kept = dataclasses.replace(
         encoders,
@@ -129,7 +162,7 @@ def main(argv: Sequence[str]) -> None:
     world: Any = importlib.import_module(config.pictures.world)
     output = Path(config.output)
     drawn = pictures.render(config.pictures, Path(config.folder) / "pictures", args.workers)
-    print(f"autoencoder: {make_autoencoder(config, drawn)}")
+    quality = make_autoencoder(config, drawn)
     text.write_tokenizers(output, world.CAPTION_WORDS)
     vae = pipeline.load_vae(output)
     tokenizers = pipeline.load_tokenizers(output)
@@ -138,7 +171,7 @@ def main(argv: Sequence[str]) -> None:
         text_length=config.text_length, clip_length=tokenizers.clip.model_max_length,
     )  # fmt: skip
     state, encoders = train_transformer(config, encoded, args.seconds)
-    write_checkpoint(config, state, encoders)
+    write_checkpoint(config, state, encoders, quality)
     print(f"{output}: {state.step} steps")
 
 
