@@ -217,9 +217,7 @@ def load(
         adapters = {adapter_path.stem: jax.device_put(loaded, sharding)}
     vae = pipeline.load_vae(folder, sharding=sharding)
     embeds, pooled = encode_prompts(folder, [conditioning.prompt], conditioning.text_length)
-    method = make_method(
-        transformer, vae.config, conditioning, adapter_path.stem if adapter_path else None, dtype
-    )
+    method = make_method(transformer, vae.config, conditioning, adapter_path.stem if adapter_path else None, dtype)
     return Reposer(
         conditioning=conditioning,
         defaults=sample,
@@ -296,9 +294,7 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
     if found.is_file():
         return found
     if not found.is_dir():
-        raise UserError(
-            f"adapter: found nothing at {found}, expected a safetensors file or a training run's folder"
-        )
+        raise UserError(f"adapter: found nothing at {found}, expected a safetensors file or a training run's folder")
     run = runs.RunFolder(found)
     step = run.last_step()
     folder = found if step is None else run.last.parent / f"step_{step}"
@@ -365,9 +361,7 @@ def _pixels(picture: Picture, what: str) -> Array:
     if isinstance(picture, Image.Image):
         return np.asarray(picture.convert("RGB"))
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
-        raise UserError(
-            f"{what}: found {picture.dtype} of shape {picture.shape}, expected uint8 [height, width, 3]"
-        )
+        raise UserError(f"{what}: found {picture.dtype} of shape {picture.shape}, expected uint8 [height, width, 3]")
     return picture
 
 
@@ -378,9 +372,7 @@ def _mask(mask: Picture, picture: Array, what: str) -> Array:
     pixels = np.asarray(mask.convert("L")) if isinstance(mask, Image.Image) else mask
     pixels = pixels if pixels.dtype == bool else pixels > 127
     if pixels.shape != (height, width):
-        raise UserError(
-            f"{what}: found shape {pixels.shape}, expected ({height}, {width}), the size of its picture"
-        )
+        raise UserError(f"{what}: found shape {pixels.shape}, expected ({height}, {width}), the size of its picture")
     if not pixels.any():
         raise UserError(f"{what}: the mask is empty, expected foreground pixels")
     return pixels

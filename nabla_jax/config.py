@@ -169,9 +169,7 @@ def load(spec: str, overrides: Mapping[str, str] | Sequence[tuple[str, str]] = (
     items = [item.strip() for item in arg.split(",") if item.strip()]
     sizes = [item for item in items if "=" not in item]
     values = _plain(_run(Path(file), ",".join(sizes)))
-    pairs = [
-        (_full_key(key, spec), text) for key, text in (item.split("=", 1) for item in items if "=" in item)
-    ]
+    pairs = [(_full_key(key, spec), text) for key, text in (item.split("=", 1) for item in items if "=" in item)]
     pairs += list(overrides.items()) if isinstance(overrides, Mapping) else list(overrides)
     for key, text in pairs:
         _override(values, key, text, spec)
@@ -201,9 +199,7 @@ def parse_command(
         epilog="Anything in the configuration can be set with --config.SECTION.KEY=VALUE.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config", required=True, metavar="FILE[:arg]", help="for example configs/omk_fill.py"
-    )
+    parser.add_argument("--config", required=True, metavar="FILE[:arg]", help="for example configs/omk_fill.py")
     if add_arguments is not None:
         add_arguments(parser)
     own, overrides = _take_overrides(argv)
@@ -268,9 +264,7 @@ def _sections() -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _known_keys() -> list[str]:
     keys = [f"{section}.{field}" for section, fields in _sections() for field in fields]
-    return keys + [
-        n for n, kind in typing.get_type_hints(Config).items() if not dataclasses.is_dataclass(kind)
-    ]
+    return keys + [n for n, kind in typing.get_type_hints(Config).items() if not dataclasses.is_dataclass(kind)]
 
 
 def _closest(key: str, known: Sequence[str]) -> str:
@@ -343,9 +337,7 @@ def _build(kind: type, values: Any, prefix: str, where: str) -> Any:
     hints = typing.get_type_hints(kind)
     for key in values:
         if key not in hints:
-            raise UserError(
-                f"{where}: unknown key {prefix}{key}; {_closest(f'{prefix}{key}', _known_keys())}"
-            )
+            raise UserError(f"{where}: unknown key {prefix}{key}; {_closest(f'{prefix}{key}', _known_keys())}")
     built = {}
     for field in dataclasses.fields(kind):
         full = prefix + field.name
@@ -410,9 +402,7 @@ def _check_ranges(config: Config, where: str) -> None:
         if not flat[key] >= 0:
             raise UserError(f"{where}: {key}: found {flat[key]!r}, expected 0 or more")
     if not all(0 <= beta < 1 for beta in config.optim.betas):
-        raise UserError(
-            f"{where}: optim.betas: found {config.optim.betas!r}, expected two numbers from 0 to below 1"
-        )
+        raise UserError(f"{where}: optim.betas: found {config.optim.betas!r}, expected two numbers from 0 to below 1")
     if config.conditioning.size % 16:
         raise UserError(
             f"{where}: conditioning.size: found {config.conditioning.size}, expected a multiple of 16 "
@@ -469,9 +459,7 @@ def _base_problem(config: Config) -> list[str]:
         return []
     found = "a folder without model_index.json" if folder.is_dir() else "nothing"
     obtain = f": {config.base.obtain}" if config.base.obtain else ""
-    return [
-        f"the base model (base.path: found {found} at {folder}, expected a diffusers-layout folder){obtain}"
-    ]
+    return [f"the base model (base.path: found {found} at {folder}, expected a diffusers-layout folder){obtain}"]
 
 
 def _data_problem(config: Config) -> list[str]:
@@ -492,7 +480,5 @@ def _benchmark_problems(config: Config, names: Sequence[str] | None) -> list[str
         root = Path(config.benchmarks[name])
         if not root.is_dir():
             obtain = f": {config.data.obtain}" if config.data.obtain else ""
-            problems.append(
-                f"the benchmark {name} (found nothing at {root}, expected a dataset folder){obtain}"
-            )
+            problems.append(f"the benchmark {name} (found nothing at {root}, expected a dataset folder){obtain}")
     return problems

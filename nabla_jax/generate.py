@@ -39,9 +39,7 @@ def main(argv: Sequence[str]) -> None:
     one = [name for name in _ONE if getattr(arguments, name) is not None]
     if one and len(one) < len(_ONE):
         missing = ", ".join(f"--{name}" for name in _ONE if name not in one)
-        raise UserError(
-            f"one picture needs --subject, --subject_mask, --target and --target_mask; missing {missing}"
-        )
+        raise UserError(f"one picture needs --subject, --subject_mask, --target and --target_mask; missing {missing}")
     configs.check_inputs(config, "generate", [] if one else _benchmarks(config, arguments))
     if one:
         _make_one(config, arguments)
@@ -60,9 +58,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--benchmark", action="append", default=[], metavar="NAME", help="only this one; repeatable")
     add("--subjects", default=",".join(KINDS), help="right, shuffled or both (right,shuffled)")
     add("--limit", type=int, help="only the first N pairs of each benchmark")
-    add(
-        "--reference", choices=(CEILING,), help="instead of a model: the right answer through the autoencoder"
-    )
+    add("--reference", choices=(CEILING,), help="instead of a model: the right answer through the autoencoder")
     add("--subject", type=Path, help="one picture: whose bird")
     add("--subject_mask", type=Path)
     add("--target", type=Path, help="one picture: in which pose and place")
@@ -138,11 +134,7 @@ def _make_benchmarks(config: configs.Config, arguments: argparse.Namespace) -> N
         reposer = _load(config, "none" if arguments.reference else arguments.adapter)
         settings = _settings(config, reposer, arguments)
         for work in works:
-            maker = (
-                _ceiling_maker(reposer, work, config)
-                if arguments.reference
-                else _maker(reposer, work, config)
-            )
+            maker = _ceiling_maker(reposer, work, config) if arguments.reference else _maker(reposer, work, config)
             make(work, settings, config.sample.batch, maker)
 
 
@@ -169,9 +161,7 @@ def read_works(
             yield Work(name, kind, out / name / kind, dataset, pairs, subjects)
 
 
-def _settings(
-    config: configs.Config, reposer: "api.Reposer", arguments: argparse.Namespace
-) -> dict[str, Any]:
+def _settings(config: configs.Config, reposer: "api.Reposer", arguments: argparse.Namespace) -> dict[str, Any]:
     """The fields of a manifest row that every picture of a set shares."""
     return {
         "seed": config.sample.seed,
@@ -183,9 +173,7 @@ def _settings(
     }
 
 
-def make(
-    work: Work, settings: dict[str, Any], batch: int, maker: Callable[[Sequence["Pair"]], list[Made]]
-) -> None:
+def make(work: Work, settings: dict[str, Any], batch: int, maker: Callable[[Sequence["Pair"]], list[Made]]) -> None:
     """Makes the missing pictures of ``work``, each written whole before its row.
 
     Pairs are cut into the same batches whatever is missing, so a continued run repeats the very computation
@@ -212,9 +200,7 @@ def make(
     manifest.close()
 
 
-def _row(
-    work: Work, pair: "Pair", image: Array, placement: dict[str, Any], settings: dict[str, Any]
-) -> dict[str, Any]:
+def _row(work: Work, pair: "Pair", image: Array, placement: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "pair": pair.key,
         "subject_id": pair.subject_id,
@@ -233,9 +219,7 @@ def _check_settings(work: Work, settings: dict[str, Any], rows: Sequence[dict[st
     fixed = [key for key in settings if key != "adapter" or settings["adapter_sha256"] is None]
     for row in rows:
         differing = [
-            f"{key}: {row.get(key)!r} there, {settings[key]!r} here"
-            for key in fixed
-            if row.get(key) != settings[key]
+            f"{key}: {row.get(key)!r} there, {settings[key]!r} here" for key in fixed if row.get(key) != settings[key]
         ]
         if differing:
             raise UserError(
@@ -244,9 +228,7 @@ def _check_settings(work: Work, settings: dict[str, Any], rows: Sequence[dict[st
             )
 
 
-def _maker(
-    reposer: "api.Reposer", work: Work, config: configs.Config
-) -> Callable[[Sequence["Pair"]], list[Made]]:
+def _maker(reposer: "api.Reposer", work: Work, config: configs.Config) -> Callable[[Sequence["Pair"]], list[Made]]:
     from nabla_jax import api
     from nabla_jax.data import controls
 
@@ -257,8 +239,7 @@ def _maker(
 
     def make(pairs: Sequence["Pair"]) -> list[Made]:
         jobs = [
-            api.Job(f"{work.name}/{pair.key}", *read(work.subjects[pair.key]), *read(pair.target_id))
-            for pair in pairs
+            api.Job(f"{work.name}/{pair.key}", *read(work.subjects[pair.key]), *read(pair.target_id)) for pair in pairs
         ]
         return [(image, place.to_json()) for image, place in reposer.repose_batch(jobs, config.sample)]
 
@@ -273,9 +254,7 @@ def _ceiling_maker(
 
     oracle = open_oracle(work.dataset.root)
     if oracle is None:
-        raise UserError(
-            f"--reference {CEILING}: {work.dataset.root} has no oracle.json, so no right answer is known"
-        )
+        raise UserError(f"--reference {CEILING}: {work.dataset.root} has no oracle.json, so no right answer is known")
 
     def make(pairs: Sequence["Pair"]) -> list[Made]:
         answers = [oracle.right(work.subjects[pair.key], pair.target_id) for pair in pairs]

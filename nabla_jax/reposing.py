@@ -97,9 +97,7 @@ def condition_tokens(
     )
 
 
-def _tokens(
-    method: Method, moments: jax.Array, seed: int | jax.Array, numbers: jax.Array, purpose: int
-) -> jax.Array:
+def _tokens(method: Method, moments: jax.Array, seed: int | jax.Array, numbers: jax.Array, purpose: int) -> jax.Array:
     shape = (moments.shape[1] // 2, *moments.shape[2:])
     eps = draws.normal(draws.keys(seed, numbers, purpose), shape)
     return flow.pack(sample_latents(moments.astype(jnp.float32), eps, method.vae))

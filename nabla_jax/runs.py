@@ -115,18 +115,14 @@ def progress(total: int, what: str, *, done: int = 0, unit: str = "it") -> Any:
     """A progress bar with rate and time left on stderr, as a context manager; ``update(n)`` advances it."""
     from tqdm import tqdm
 
-    return tqdm(
-        total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, mininterval=0.5, smoothing=0.1
-    )
+    return tqdm(total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, mininterval=0.5, smoothing=0.1)
 
 
 def track(items: Iterable[T], what: str, *, total: int | None = None, unit: str = "it") -> Iterator[T]:
     """Yields ``items`` under a progress bar."""
     from tqdm import tqdm
 
-    yield from tqdm(
-        items, total=total, desc=what, unit=unit, dynamic_ncols=True, mininterval=0.5, smoothing=0.1
-    )
+    yield from tqdm(items, total=total, desc=what, unit=unit, dynamic_ncols=True, mininterval=0.5, smoothing=0.1)
 
 
 # ----------------------------------------------------------------------------------------------------------

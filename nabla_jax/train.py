@@ -20,17 +20,13 @@ def main(argv: Sequence[str]) -> None:
     with runs.open_run(config) as folder:
         if not is_finished(config, folder):
             train(config, folder)
-        print(
-            f"{folder.path}: trained for {folder.last_step()} steps: {folder.last_adapter(config.lora.name)}"
-        )
+        print(f"{folder.path}: trained for {folder.last_step()} steps: {folder.last_adapter(config.lora.name)}")
 
 
 def is_finished(config: configs.Config, folder: runs.RunFolder) -> bool:
     """Whether the adapter of the last step, or of a later one, is there."""
     step = folder.last_step()
-    return (
-        step is not None and step >= config.train.steps and folder.adapter(step, config.lora.name).is_file()
-    )
+    return step is not None and step >= config.train.steps and folder.adapter(step, config.lora.name).is_file()
 
 
 def train(config: configs.Config, folder: runs.RunFolder) -> None:
@@ -70,9 +66,7 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
 
     def initial_state() -> training.State:
         key = draws.key(settings.seed, draws.ADAPTER_INIT)
-        fresh = lora.initialize(
-            key, shapes, rank=config.lora.rank, alpha=config.lora.alpha, stacked=flux.STACKED
-        )
+        fresh = lora.initialize(key, shapes, rank=config.lora.rank, alpha=config.lora.alpha, stacked=flux.STACKED)
         adapters = {name: fresh.params}
         return {"adapters": adapters, "optimizer": optimizer.init(adapters), "step": jnp.zeros((), jnp.int32)}
 
@@ -131,8 +125,7 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
                     save(step)
                     raise runs.Interrupted(
                         stop.signum,
-                        f"{folder.path}: saved after step {step} of {settings.steps}; "
-                        "the same command continues",
+                        f"{folder.path}: saved after step {step} of {settings.steps}; the same command continues",
                     )
                 if last or step % settings.save_every == 0:
                     save(step)

@@ -58,18 +58,13 @@ def check_prepared(config: Config) -> None:
     base = resolve_base(config)
     vae = AutoencoderKLConfig.from_json(base / "vae" / "config.json")
     side = config.conditioning.size // vae.factor
-    pairs = [
-        (f"conditioning.{k}", v, getattr(config.conditioning, k)) for k, v in made["conditioning"].items()
-    ]
+    pairs = [(f"conditioning.{k}", v, getattr(config.conditioning, k)) for k, v in made["conditioning"].items()]
     pairs.append(("data.split", made["split"], config.data.split))
     pairs.append(("moments", prepared.manifest["moments"], [2 * vae.latent_channels, side, side]))
     captions, _ = captions_of(config, [])
     captions_sha256 = hashlib.sha256(json.dumps(captions).encode()).hexdigest()
     pairs.append(("conditioning.prompt", made["captions"][:12], captions_sha256[:12]))
-    pairs += [
-        (f"weights of {part}", sha[:12], hash_folder(base / part)[:12])
-        for part, sha in made["weights"].items()
-    ]
+    pairs += [(f"weights of {part}", sha[:12], hash_folder(base / part)[:12]) for part, sha in made["weights"].items()]
     differing = [f"{what}: {there!r} there, {here!r} here" for what, there, here in pairs if there != here]
     if differing:
         raise UserError(
@@ -105,9 +100,7 @@ def make_step(
 
     def objective(trees: dict[str, layers.Params], base: layers.Params, batch: reposing.Batch) -> jax.Array:
         adapters = {name: Adapter(tree, scale) for name, tree in trees.items()}
-        return reposing.loss(
-            method, adapters, base, batch, seed=config.train.seed, guidance=config.train.guidance
-        )
+        return reposing.loss(method, adapters, base, batch, seed=config.train.seed, guidance=config.train.guidance)
 
     def step(state: State, base: layers.Params, batch: reposing.Batch) -> tuple[State, Values]:
         loss, gradients = jax.value_and_grad(objective)(state["adapters"], base, batch)

@@ -25,14 +25,18 @@ WORDS = ("a", "photo", "of", "bird", ".")
 
 
 def random_params(make: Callable[[nnx.Rngs], nnx.Module], rng: np.random.Generator) -> layers.Params:
-    """Parameters drawn on the host: matrices scaled by their fan-in, norms near 1. Compiles nothing."""
+    """Parameters drawn on the host, matrices scaled by their fan-in, norms near 1. Compiles nothing."""
 
-    def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    def draw(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         values = rng.standard_normal(leaf.shape, np.float32)
-        fan_in = np.prod(leaf.shape[1:]) if len(leaf.shape) > 1 else 0
-        return values * fan_in**-0.5 if fan_in else 1 + np.float32(0.1) * values
+        if path[-1].key == "bias":
+            return np.float32(0.1) * values
+        if len(leaf.shape) == 1 or "norm_" in path[-2].key:
+            return 1 + np.float32(0.1) * values
+        axes = leaf.shape[2:] if path[0].key in flux.STACKED else leaf.shape[1:]
+        return values * np.float32(np.prod(axes) ** -0.5)
 
-    return jax.tree.map(draw, layers.abstract(make)[1])
+    return jax.tree_util.tree_map_with_path(draw, layers.abstract(make)[1])
 
 
 def write_base(folder: Path, seed: int = 0) -> Path:

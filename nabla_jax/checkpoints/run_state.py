@@ -65,15 +65,11 @@ class RunState:
     def __enter__(self) -> "RunState":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
 
 def latest_step(folder: Path) -> int | None:
     """The newest complete step, from the folder's names alone (without Orbax or jax)."""
-    steps = (
-        [int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdigit()] if folder.is_dir() else []
-    )
+    steps = [int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdigit()] if folder.is_dir() else []
     return max(steps, default=None)
