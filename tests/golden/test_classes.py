@@ -4,6 +4,7 @@ That every declared tensor is also read is checked at the end of a full run, in 
 """
 
 import fnmatch
+import hashlib
 import json
 import os
 import shutil
@@ -73,20 +74,19 @@ def test_nothing_stored_here_is_forgotten() -> None:
         assert {f for f in promised if not postponed(f"{folder}/{f[:-12]}")} <= {f"{f}.safetensors" for f in files}
 
 
+# With a manifest that agrees with the change, the comparison itself must notice; else the check sum does.
 PERTURBED = [
-    ("schedules", "schedules", "sigmas", "golden/test_schedules.py"),
-    ("flux_base", "fill", "output", "golden/test_flux_base.py::test_output_with_reference_frequencies"),
-    (
-        "omini_kontext",
-        "grads_base_default",
-        "x_embedder.lora_A",
-        "golden/test_omini_kontext.py::test_variant",
-    ),
+    ("schedules", "schedules", "sigmas", "test_schedules.py", True),
+    ("schedules", "schedules", "sigmas", "test_schedules.py", False),
+    ("flux_base", "fill", "output", "test_flux_base.py::test_output_with_reference_frequencies", True),
+    ("omini_kontext", "grads_base_default", "x_embedder.lora_A", "test_omini_kontext.py::test_variant", True),
 ]
 
 
-@pytest.mark.parametrize(("case", "file", "tensor", "test"), PERTURBED)
-def test_a_changed_tensor_fails_the_run(case: str, file: str, tensor: str, test: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("case", "file", "tensor", "test", "agreeing"), PERTURBED)
+def test_a_changed_tensor_fails_the_run(
+    case: str, file: str, tensor: str, test: str, agreeing: bool, tmp_path: Path
+) -> None:
     """A copy of the goldens with one tensor changed by a thousandth of its largest entry."""
     source = golden.case(case).folder
     root = tmp_path / "goldens"
@@ -95,8 +95,14 @@ def test_a_changed_tensor_fails_the_run(case: str, file: str, tensor: str, test:
     tensors = load_file(path)
     name = next(n for n in tensors if tensor in n)
     changed = tensors[name] + 1e-3 * np.abs(tensors[name]).max()
-    save_file({**tensors, name: changed.astype(tensors[name].dtype)}, path)
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(HERE.parent / test)]
+    changed = changed.astype(tensors[name].dtype)
+    save_file({**tensors, name: changed}, path)
+    if agreeing:
+        manifest = json.loads((path.parent / "manifest.json").read_text())
+        entry = manifest["files"][path.name]["tensors"][name]
+        entry["sha256_16"] = hashlib.sha256(changed.tobytes()).hexdigest()[:16]
+        (path.parent / "manifest.json").write_text(json.dumps(manifest))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(HERE / test)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     result = subprocess.run(
         command,
@@ -106,4 +112,5 @@ def test_a_changed_tensor_fails_the_run(case: str, file: str, tensor: str, test:
         cwd=HERE.parents[1],
     )
     assert result.returncode == 1, result.stdout + result.stderr
+    assert ("the manifest says" in result.stdout) == (not agreeing), result.stdout
     assert "AssertionError" in result.stdout
