@@ -91,8 +91,8 @@ def toy(config: ConfigDict) -> ConfigDict:
     )
     config.conditioning.size = 48
     config.conditioning.text_length = 16
-    config.lora.rank = 8
-    config.lora.alpha = 8.0
+    config.lora.rank = 16
+    config.lora.alpha = 16.0
     # 300 steps are too few for Prodigy to grow its distance estimate from 1e-6.
     config.optim.d0 = 1e-3
     config.train.workdir = "runs/toy_omk_fill"

@@ -10,7 +10,7 @@ Hardware: 12 billion frozen parameters (24 GB in bfloat16) and four streams of u
 accelerator with 80 GB, or several. Time and result are those of the paper until they are measured here:
 10,000 steps of 5 pairs.
 
-`configs/omk_fill.py:toy` is the same run on the embedded world and checkpoint: 48 pixels, rank 8, 300 steps
+`configs/omk_fill.py:toy` is the same run on the embedded world and checkpoint: 48 pixels, 300 steps
 of 16 pairs in float32 and Prodigy's d0 at 1e-3 (300 steps are too few to grow it from 1e-6). Minutes on two
 cores.
 """
