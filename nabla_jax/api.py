@@ -176,7 +176,7 @@ class Reposer:
 
 
 def load(
-    base: str | os.PathLike[str] = "asset:toy-flux-kontext",
+    base: str | os.PathLike[str] = assets.DEFAULT_BASE,
     adapter: str | os.PathLike[str] | None = None,
     *,
     conditioning: Conditioning | None = None,

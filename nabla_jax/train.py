@@ -77,6 +77,7 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
 
     with RunState(folder.checkpoints) as saved, runs.StopSignals() as stop, jax.set_mesh(mesh):
         # ---------------------------------------------------------------------------- restore or initialise
+        saved.check_room(abstract)
         start = saved.latest() or 0
         if start:
             state, position = saved.restore(start, abstract, everywhere)
@@ -85,7 +86,10 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
         else:
             state = jax.jit(initial_state, out_shardings=everywhere)()
         metrics = runs.JsonLines(folder.metrics)
-        metrics.keep(lambda row: row["step"] <= start)
+        # Rows beyond the checkpoint are made again; a row that was written only for being a run's last goes
+        # when the run is extended.
+        extended = start < settings.steps
+        metrics.keep(lambda row: row["step"] <= start and not (extended and row["step"] % settings.log_every))
         sheet = training.SampleSheet(config, method, folder.samples, mesh)
 
         # ------------------------------------------------------------------------------------ compiled step

@@ -194,10 +194,10 @@ def test_loss_is_the_mean_of_its_samples_in_any_order() -> None:
     method, base = training.load_method(config, meshes.replicated(mesh))
     fresh = lora.initialize(jax.random.key(0), base, rank=2, alpha=2.0, stacked=flux.STACKED)
     batch = training.device_batch(next(make_loader(config.data.prepared, "all_pairs", 4, 7)), mesh)
-    loss = jax.jit(lambda b: reposing.loss(method, {"fill": fresh}, base, b, seed=3, guidance=1.0))
+    loss = jax.jit(lambda p, b: reposing.loss(method, {"fill": fresh}, p, b, seed=3, guidance=1.0))
 
     def rows(*chosen: int) -> float:
-        return float(loss({k: v[jnp.asarray(chosen)] for k, v in batch.items()}))
+        return float(loss(base, {k: v[jnp.asarray(chosen)] for k, v in batch.items()}))
 
     whole = rows(0, 1, 2, 3)
     assert np.isclose(whole, rows(3, 1, 0, 2), rtol=1e-5)
@@ -280,6 +280,14 @@ def test_unwritable_run_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         train.main(arguments(tmp_path, train__workdir=str(tmp_path / "file" / "run")))
+
+
+def test_full_disk_is_told_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = types.SimpleNamespace(total=2**30, used=2**30, free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match=r"run/checkpoints: disk too full: a checkpoint needs \d+ MiB, 0 MiB"):
+        train.main(arguments(tmp_path))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_damaged_checkpoint_names_its_folder(tmp_path: Path) -> None:

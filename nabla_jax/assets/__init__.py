@@ -6,6 +6,8 @@ from pathlib import Path
 from nabla_jax.errors import UserError
 
 _PREFIX = "asset:"
+DEFAULT_BASE = "asset:toy-flux-kontext"
+"""The base that ``nabla_jax.load`` takes when none is named."""
 _FOLDER = Path(__file__).parent
 
 

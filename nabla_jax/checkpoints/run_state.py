@@ -1,5 +1,6 @@
 """The state of a training run (Orbax): a continued run equals an uninterrupted one bit for bit."""
 
+import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,10 +30,25 @@ class RunState:
         """The newest complete step, or None."""
         return self._manager.latest_step()
 
+    def check_room(self, arrays: Any) -> None:
+        """Raises UserError unless the disk has room for another checkpoint of ``arrays`` (or their shapes)."""
+        needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
+        free = shutil.disk_usage(self._folder).free
+        # An adapter file is written beside each checkpoint, and Orbax writes a little more than the arrays.
+        if free < 1.5 * needed + 2**20:
+            raise UserError(
+                f"{self._folder}: disk too full: a checkpoint needs {1.5 * needed / 2**20 + 1:.0f} MiB, "
+                f"{free / 2**20:.0f} MiB are free; make room and run the same command again"
+            )
+
     def save(self, step: int, arrays: Any, position: dict[str, Any]) -> None:
-        """Starts saving; returns when the arrays are copied and may be donated."""
+        """Starts saving; returns when the arrays are copied and may be donated.
+
+        Raises UserError when the disk has no room for it.
+        """
         if step in self._manager.all_steps():
             return
+        self.check_room(arrays)
         args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), position=ocp.args.JsonSave(position))
         self._manager.save(step, args=args, force=True)
 
