@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from nabla_jax.checkpoints.safetensors_io import load_tree
+from nabla_jax.conditioning import omini
 from nabla_jax.models import clip, layers, t5
 from tests.golden import golden
 
@@ -90,3 +91,12 @@ def test_clip_pooled_for_every_stored_padding_and_end_of_text_rule(clip_params):
         assert match, name
         eos = int(match[2]) if match[2] else clip.LEGACY_EOS
         check(clip_apply(clip_params, eos, ids(f"clip_ids{match[1] or ''}"))[1], name)
+
+
+def test_text_has_no_position():
+    expected = CASE.tensor("outputs", "text_ids")
+    prompt = CASE.tensor("outputs", "prompt_embeds")
+    noise = np.zeros((len(prompt), 4, 8), np.float32)
+    time = np.ones(len(prompt), np.float32)
+    text, _ = omini.branches(prompt, prompt[:, 0], noise, omini.grid_ids(2, 2), time, guidance=None)
+    np.testing.assert_array_equal(text.ids, expected)
