@@ -66,9 +66,7 @@ def main(argv: Sequence[str]) -> None:
     """The command."""
 
     def arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(
-            "--overwrite", action="store_true", help="empty a folder made with other settings"
-        )
+        parser.add_argument("--overwrite", action="store_true", help="empty a folder made with other settings")
 
     config, options = configs.parse_command(argv, "Encodes a dataset for training.", arguments)
     configs.check_inputs(config, "prepare")
@@ -169,9 +167,7 @@ def prepare(config: configs.Config, encoders: Encoders, *, overwrite: bool = Fal
                     write_shard(folder / names[i], _counted(records, bar))
                 start += len(chunk)
         shards = [_shard_row(folder / name, len(chunk)) for name, chunk in zip(names, chunks, strict=True)]
-        runs.write_json(
-            folder / MANIFEST, _manifest(settings, examples, rows, shards, moments, len(captions))
-        )
+        runs.write_json(folder / MANIFEST, _manifest(settings, examples, rows, shards, moments, len(captions)))
     print(
         f"{folder}: {len(examples)} pictures of {len(class_index(e.class_id for e in examples))} classes",
         flush=True,
@@ -249,9 +245,7 @@ def _thread_pool() -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _settings(
-    config: configs.Config, encoders: Encoders, data: str, captions: Sequence[str]
-) -> dict[str, Any]:
+def _settings(config: configs.Config, encoders: Encoders, data: str, captions: Sequence[str]) -> dict[str, Any]:
     kept = ("size", "control", "caption", "text_length")
     return {
         "schema": SCHEMA,
@@ -270,8 +264,7 @@ def _claim(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
     others = [p.name for p in folder.iterdir() if not _is_ours(p.name)]
     if others:
         raise UserError(
-            f"{folder}: holds {others[0]}, which prepare did not write; "
-            "expected an empty or a prepared folder"
+            f"{folder}: holds {others[0]}, which prepare did not write; expected an empty or a prepared folder"
         )
     found = runs.read_json(path) if path.is_file() else None
     if found is None and (folder / MANIFEST).is_file():
@@ -280,9 +273,7 @@ def _claim(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
         if not overwrite:
             before, now = configs.flatten(found), configs.flatten(settings)
             keys = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
-            changes = "; ".join(
-                f"{k}: {_short(before.get(k))} there, {_short(now.get(k))} here" for k in keys
-            )
+            changes = "; ".join(f"{k}: {_short(before.get(k))} there, {_short(now.get(k))} here" for k in keys)
             raise UserError(
                 f"{folder}: was prepared with other settings ({changes}); "
                 "choose another data.prepared or add --overwrite"
@@ -299,11 +290,7 @@ def _claim(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
 
 def _is_ours(name: str) -> bool:
     shard = name.startswith("shard-") and name.removesuffix(".tmp").endswith(".array_record")
-    return (
-        shard
-        or name in (SETTINGS, MANIFEST, TEXT, ".lock")
-        or (name.startswith(".") and name.endswith(".tmp"))
-    )
+    return shard or name in (SETTINGS, MANIFEST, TEXT, ".lock") or (name.startswith(".") and name.endswith(".tmp"))
 
 
 def _short(value: Any) -> str:
@@ -364,10 +351,7 @@ def _encode(
     batches = [range(i, min(i + per_batch, len(examples))) for i in range(0, len(examples), per_batch)]
 
     def submit(batch: Iterable[int]) -> list[Future[dict[str, Array]]]:
-        return [
-            pool.submit(inputs, examples[i], config.conditioning.control, size, encoders.factor)
-            for i in batch
-        ]
+        return [pool.submit(inputs, examples[i], config.conditioning.control, size, encoders.factor) for i in batch]
 
     ahead = submit(batches[0])
     for number, batch in enumerate(batches):
@@ -398,9 +382,7 @@ def inputs(example: Example, control: str, size: int, factor: int) -> dict[str, 
         "subject": controls.subject_canvas(image, mask, size),
         "control": controls.control_canvas(control, image, mask, size),
     }
-    pictures = {
-        role: np.ascontiguousarray(canvas.pixels.transpose(2, 0, 1)) for role, canvas in canvases.items()
-    }
+    pictures = {role: np.ascontiguousarray(canvas.pixels.transpose(2, 0, 1)) for role, canvas in canvases.items()}
     return pictures | {"mask": controls.latent_mask(mask, size, factor)}
 
 

@@ -122,9 +122,7 @@ def write_world(root, oracle=True, empty=None):
         (root / f"{name}.txt").write_text("\n".join(lines) + "\n")
     (root / "pairs.csv").write_text("\n".join(rows) + "\n")
     if oracle:
-        (root / "oracle.json").write_text(
-            json.dumps({"world": NAME, "seed": 7, "version": 1, "images": known})
-        )
+        (root / "oracle.json").write_text(json.dumps({"world": NAME, "seed": 7, "version": 1, "images": known}))
     return root
 
 

@@ -37,9 +37,7 @@ class Part:
 
 
 PARTS = {
-    "transformer": Part(
-        flux.FluxConfig, flux.Flux, "diffusion_pytorch_model.safetensors", stacked=flux.STACKED
-    ),
+    "transformer": Part(flux.FluxConfig, flux.Flux, "diffusion_pytorch_model.safetensors", stacked=flux.STACKED),
     "vae": Part(AutoencoderKLConfig, AutoencoderKL, "diffusion_pytorch_model.safetensors"),
     "text_encoder": Part(clip.CLIPTextConfig, clip.CLIPText, "model.safetensors", clip.TABLE),
     "text_encoder_2": Part(t5.T5Config, t5.T5Encoder, "model.safetensors", t5.TABLE),
@@ -129,9 +127,7 @@ def load_vae(folder: StrPath, *, dtype: DTypeLike = "float32", sharding: Any = N
     return load_part(folder, "vae", dtype=dtype, sharding=sharding)
 
 
-def load_text_encoders(
-    folder: StrPath, *, dtype: DTypeLike = "float32", sharding: Any = None
-) -> TextEncoders:
+def load_text_encoders(folder: StrPath, *, dtype: DTypeLike = "float32", sharding: Any = None) -> TextEncoders:
     """Both text encoders of a pipeline folder; see ``load_part``."""
     return TextEncoders(
         clip=load_part(folder, "text_encoder", dtype=dtype, sharding=sharding),
@@ -291,9 +287,7 @@ def _disagreements(configs: Mapping[str, Any]) -> list[str]:
     for field, size, other, key in shared:
         found = getattr(configs[other], key) if other in configs else size
         if found != size:
-            problems.append(
-                f"transformer/config.json: {field} is {size}, but {other}/config.json: {key} is {found}"
-            )
+            problems.append(f"transformer/config.json: {field} is {size}, but {other}/config.json: {key} is {found}")
     if "vae" in configs:
         # A token is a square of 2 x 2 latent pixels.
         packed = 4 * configs["vae"].latent_channels

@@ -103,9 +103,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     if index is not None:
         absent = sorted(set(index) - set(tensors))
         if absent:
-            raise UserError(
-                f"{files[0].parent}: the index names tensors that no shard holds: {_collapse(absent)}"
-            )
+            raise UserError(f"{files[0].parent}: the index names tensors that no shard holds: {_collapse(absent)}")
     return Header(files, tensors, metadata)
 
 
@@ -158,9 +156,7 @@ def load_tree(
             if shardings[name] is None:
                 result[name] = jax.device_put(read(tuple(slice(0, n) for n in leaf.shape)))
             else:
-                result[name] = jax.make_array_from_callback(
-                    leaf.shape, shardings[name], _once(read, leaf.shape)
-                )
+                result[name] = jax.make_array_from_callback(leaf.shape, shardings[name], _once(read, leaf.shape))
     return unflatten(result)
 
 
@@ -186,9 +182,7 @@ def save_tree(
     for name, leaf in leaves.items():
         kind = _target_dtype(leaf.dtype, dtype)
         if kind not in _CODES:
-            raise ValueError(
-                f"{path}: {name} has dtype {kind}, which safetensors files of this project do not hold"
-            )
+            raise ValueError(f"{path}: {name} has dtype {kind}, which safetensors files of this project do not hold")
         plan.append((name, kind))
         for published, shape in _published(name, leaf.shape, stacked):
             size = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
@@ -207,9 +201,7 @@ def save_tree(
             out.write(len(text).to_bytes(8, "little") + text)
             for name, kind in plan:
                 # Blocks of a stacked leaf lie one after another: the leaf in C order is already their bytes.
-                value = np.ascontiguousarray(
-                    np.asarray(jax.device_get(leaves[name])).astype(kind, copy=False)
-                )
+                value = np.ascontiguousarray(np.asarray(jax.device_get(leaves[name])).astype(kind, copy=False))
                 out.write(value.reshape(-1).view(np.uint8).data)
             out.flush()
             os.fsync(out.fileno())
@@ -279,9 +271,7 @@ def _resolve(header: Header, table: Table, path: str | os.PathLike[str]) -> dict
         for other in names[1:]:
             readable = header.tensors[names[0]].dtype in DTYPES and header.tensors[other].dtype in DTYPES
             if not readable or not np.array_equal(_whole(header, names[0]), _whole(header, other)):
-                raise UserError(
-                    f"{path}: {names[0]} and {other} stand for the same weight {renamed} but differ"
-                )
+                raise UserError(f"{path}: {names[0]} and {other} stand for the same weight {renamed} but differ")
     return sources
 
 
@@ -302,9 +292,7 @@ def _prefix(name: str, stacked: Iterable[str]) -> str | None:
     return next((p for p in stacked if name.startswith(f"{p}.")), None)
 
 
-def _published(
-    name: str, shape: tuple[int, ...], stacked: tuple[str, ...]
-) -> list[tuple[str, tuple[int, ...]]]:
+def _published(name: str, shape: tuple[int, ...], stacked: tuple[str, ...]) -> list[tuple[str, tuple[int, ...]]]:
     """The published tensors that make up one leaf, in block order."""
     prefix = _prefix(name, stacked)
     if prefix is None:
@@ -327,13 +315,9 @@ def _check(
     for renamed, names in sources.items():
         entry = header.tensors[names[0]]
         if renamed in expected and entry.shape != expected[renamed]:
-            wrong.append(
-                f"{names[0]} in {entry.file.name}: found {entry.shape}, expected {expected[renamed]}"
-            )
+            wrong.append(f"{names[0]} in {entry.file.name}: found {entry.shape}, expected {expected[renamed]}")
         if renamed in expected and entry.dtype not in DTYPES:
-            wrong.append(
-                f"{names[0]} in {entry.file.name}: found dtype {entry.dtype}, expected {', '.join(DTYPES)}"
-            )
+            wrong.append(f"{names[0]} in {entry.file.name}: found dtype {entry.dtype}, expected {', '.join(DTYPES)}")
     problems = []
     if missing:
         problems.append(f"{len(missing)} missing: {_collapse(missing)}")
@@ -378,9 +362,7 @@ def _target_dtype(found: DTypeLike, wanted: DTypeLike | None) -> np.dtype[Any]:
 
 
 def _covers(index: Index, shape: tuple[int, ...]) -> bool:
-    return all(
-        (s.start or 0) == 0 and (s.stop is None or s.stop >= n) for s, n in zip(index, shape, strict=True)
-    )
+    return all((s.start or 0) == 0 and (s.stop is None or s.stop >= n) for s, n in zip(index, shape, strict=True))
 
 
 def _reader(

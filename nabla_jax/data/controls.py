@@ -30,9 +30,7 @@ def read_image(path: PathLike) -> Array:
     """
     with _opened(path) as image:
         if image.mode.startswith(("I", "F")):
-            raise UserError(
-                f"{path}: found {image.mode} pixels of more than 8 bits, expected an 8-bit picture"
-            )
+            raise UserError(f"{path}: found {image.mode} pixels of more than 8 bits, expected an 8-bit picture")
         return np.asarray(_upright(image, path).convert("RGB"))
 
 

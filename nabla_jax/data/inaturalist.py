@@ -99,13 +99,9 @@ def read(root: str | os.PathLike[str]) -> Dataset:
                 raise UserError(f"{path}:{row.line}: {column}: found no picture {image}")
             id = row.id(column)
             if id in examples and examples[id].image != image:
-                raise UserError(
-                    f"{path}:{row.line}: {column}: {id} is also {examples[id].image}, expected one file"
-                )
+                raise UserError(f"{path}:{row.line}: {column}: {id} is also {examples[id].image}, expected one file")
             if id in examples and examples[id].class_name != name:
-                raise UserError(
-                    f"{path}:{row.line}: {id} is of {name} here and of {examples[id].class_name} above"
-                )
+                raise UserError(f"{path}:{row.line}: {id} is of {name} here and of {examples[id].class_name} above")
             examples[id] = Example(
                 id=id,
                 image=image,

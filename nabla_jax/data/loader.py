@@ -65,9 +65,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise UserError(f"{path}: not a readable JSON file ({error})") from error
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
     if schema != SCHEMA:
-        raise UserError(
-            f"{path}: schema: found {schema}, expected {SCHEMA}; delete the folder and prepare it again"
-        )
+        raise UserError(f"{path}: schema: found {schema}, expected {SCHEMA}; delete the folder and prepare it again")
     return manifest
 
 
@@ -135,9 +133,7 @@ def make_loader(
 
     dataset = grain.MapDataset.range(_ENDLESS * batch).map(sample).batch(batch, drop_remainder=True)
     return iter(
-        dataset.to_iter_dataset(
-            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * max(threads, 1))
-        )
+        dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * max(threads, 1)))
     )
 
 

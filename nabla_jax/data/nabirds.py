@@ -57,10 +57,7 @@ def read(root: str | os.PathLike[str]) -> Dataset:
             _integer(i, root / "classes.txt"): normalise_name(n)
             for i, n in _unique(root / "classes.txt", 1, _text).items()
         },
-        {
-            _integer(i, root / "hierarchy.txt"): p[0]
-            for i, p in _unique(root / "hierarchy.txt", 1, _integers).items()
-        },
+        {_integer(i, root / "hierarchy.txt"): p[0] for i, p in _unique(root / "hierarchy.txt", 1, _integers).items()},
     )
     keypoints = _keypoints(root / "parts" / "part_locs.txt", files)
     captions = read_captions(root / "captions.json")
@@ -69,9 +66,7 @@ def read(root: str | os.PathLike[str]) -> Dataset:
     _require_all(root / "train_test_split.txt", files, splits)
     absent = [file for file in files.values() if file not in images]
     if absent:
-        raise UserError(
-            f"{root / 'images'}: {len(absent)} of {len(files)} pictures are missing, first {absent[0]}"
-        )
+        raise UserError(f"{root / 'images'}: {len(absent)} of {len(files)} pictures are missing, first {absent[0]}")
     paths: dict[int, tuple[str, ...]] = {}
     examples = []
     for id, file in files.items():
@@ -79,14 +74,11 @@ def read(root: str | os.PathLike[str]) -> Dataset:
         if class_id not in paths:
             if class_id not in taxonomy.names:
                 raise UserError(
-                    f"{root / 'image_class_labels.txt'}: picture {id} has class {class_id}, "
-                    "which classes.txt lacks"
+                    f"{root / 'image_class_labels.txt'}: picture {id} has class {class_id}, which classes.txt lacks"
                 )
             paths[class_id] = taxonomy.path(class_id)
         if splits[id][0] not in (0, 1):
-            raise UserError(
-                f"{root / 'train_test_split.txt'}: picture {id} has {splits[id][0]}, expected 0 or 1"
-            )
+            raise UserError(f"{root / 'train_test_split.txt'}: picture {id} has {splits[id][0]}, expected 0 or 1")
         control = str(Path(file).with_suffix(".png"))  # whatever the case of .jpg or .JPG
         examples.append(
             Example(
@@ -152,9 +144,7 @@ def _unique(path: Path, fields: int, parse: Any, known: Mapping[str, Any] | None
         key, *words = line.split()
         wrong_count = len(words) < fields if parse is _text else len(words) != fields
         if wrong_count:
-            raise UserError(
-                f"{path}:{number}: found {len(words) + 1} fields, expected {fields + 1}: {line.strip()!r}"
-            )
+            raise UserError(f"{path}:{number}: found {len(words) + 1} fields, expected {fields + 1}: {line.strip()!r}")
         if key in table:
             raise UserError(f"{path}:{number}: {key} occurs twice, expected once")
         if known is not None and key not in known:
@@ -162,9 +152,7 @@ def _unique(path: Path, fields: int, parse: Any, known: Mapping[str, Any] | None
         try:
             table[key] = parse(words)
         except (ValueError, OverflowError):
-            raise UserError(
-                f"{path}:{number}: expected {fields} integers after the id: {line.strip()!r}"
-            ) from None
+            raise UserError(f"{path}:{number}: expected {fields} integers after the id: {line.strip()!r}") from None
     return table
 
 

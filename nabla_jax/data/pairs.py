@@ -54,9 +54,7 @@ def benchmark_pairs(root: str | os.PathLike[str], dataset: Dataset | None = None
     root = Path(root)
     dataset = read_dataset(root) if dataset is None else dataset
     pairs = []
-    for number, first, second in (
-        _nabirds_rows(root, dataset) if nabirds.is_layout(root) else _inat_rows(root)
-    ):
+    for number, first, second in _nabirds_rows(root, dataset) if nabirds.is_layout(root) else _inat_rows(root):
         class_id = dataset.by_id[second].class_id
         pairs += [
             Pair(f"{number}_1in2", first, second, class_id),
@@ -77,9 +75,7 @@ def duplicate_rows(pairs: Sequence[Pair]) -> int:
 def _nabirds_rows(root: Path, dataset: Dataset) -> list[tuple[int, str, str]]:
     path = root / "pairs.csv"
     if not path.is_file():
-        raise UserError(
-            f"{path}: no such file, expected a list of pairs with columns class_id,image_1,image_2"
-        )
+        raise UserError(f"{path}: no such file, expected a list of pairs with columns class_id,image_1,image_2")
     numbered = list(nabirds.lines(path))
     by_file = {e.image.relative_to(root).as_posix(): e for e in dataset.examples}
     reader = csv.reader(text for _, text in numbered)
@@ -100,9 +96,7 @@ def _nabirds_rows(root: Path, dataset: Dataset) -> list[tuple[int, str, str]]:
             if example is None:
                 raise UserError(f"{where}: {column}: {values[column]} is not in images.txt")
             if not values["class_id"].strip().isdigit() or int(values["class_id"]) != example.class_id:
-                raise UserError(
-                    f"{where}: class_id {values['class_id']}, but {column} is of class {example.class_id}"
-                )
+                raise UserError(f"{where}: class_id {values['class_id']}, but {column} is of class {example.class_id}")
             sides.append(example.id)
         if sides[0] == sides[1]:
             raise UserError(f"{where}: image_1 and image_2 are one picture, expected two")
@@ -116,9 +110,7 @@ def _inat_rows(root: Path) -> list[tuple[int, str, str]]:
     found = [(row.number, row.id("image_1"), row.id("image_2")) for row in inaturalist.rows(root)]
     for number, first, second in found:
         if first == second:
-            raise UserError(
-                f"{inaturalist.list_path(root)}: row {number}: image_1 and image_2 are one picture"
-            )
+            raise UserError(f"{inaturalist.list_path(root)}: row {number}: image_1 and image_2 are one picture")
     return found
 
 

@@ -53,9 +53,7 @@ def encode_record(meta: Mapping[str, Any], arrays: Mapping[str, Array]) -> bytes
         entries[name] = {"dtype": data.dtype.str, "shape": list(array.shape), "offset": len(payload)}
         payload += data.tobytes()
         payload += bytes(_aligned(len(payload)) - len(payload))
-    text = json.dumps(
-        {"meta": dict(meta), "arrays": entries}, separators=(",", ":"), ensure_ascii=False
-    ).encode()
+    text = json.dumps({"meta": dict(meta), "arrays": entries}, separators=(",", ":"), ensure_ascii=False).encode()
     header = text.ljust(_aligned(_PREFIX.size + len(text)) - _PREFIX.size)
     body = header + bytes(payload)
     return _PREFIX.pack(MAGIC, len(header), _checksum(len(header), body)) + body

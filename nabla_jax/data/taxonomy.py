@@ -41,9 +41,7 @@ class Taxonomy:
         node: int | None = class_id
         while node is not None:
             if node in ids:
-                raise UserError(
-                    f"hierarchy: class {class_id} has itself among its ancestors, expected a tree"
-                )
+                raise UserError(f"hierarchy: class {class_id} has itself among its ancestors, expected a tree")
             if node not in self.names:
                 raise UserError(f"hierarchy: class {node}, at or above class {class_id}, has no name")
             ids.append(node)

@@ -55,9 +55,7 @@ def open_oracle(root: pathlib.Path) -> World | None:
     try:
         name = json.loads(path.read_text())["world"]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: found no readable field 'world' ({error}), expected the name of a world"
-        ) from error
+        raise UserError(f"{path}: found no readable field 'world' ({error}), expected the name of a world") from error
     found = {entry.name: entry for entry in importlib.metadata.entry_points(group=GROUP)}
     if name not in found:
         known = ", ".join(sorted(found)) or "none (is nabla_jax installed? pip install -e .)"
@@ -105,8 +103,6 @@ def unpack(path: pathlib.Path) -> tuple[Array, RightAnswer]:
     try:
         with np.load(path, allow_pickle=False) as stored:
             plumage = stored.get("sibling_plumage")
-            return stored["right"], RightAnswer(
-                stored["inside"], stored["sibling"], plumage, stored["lineup"]
-            )
+            return stored["right"], RightAnswer(stored["inside"], stored["sibling"], plumage, stored["lineup"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: damaged cache file ({error}), delete it to have it made again") from error

@@ -189,9 +189,7 @@ def compare(
     both = [s for s in scores if not s.excluded and s.pair in by_pair]
     for metric in ("rmse", "ssim", "identification_rate"):
         column = _TERMS[metric][0][0]
-        paired = [
-            s for s in both if getattr(s, column) is not None and getattr(by_pair[s.pair], column) is not None
-        ]
+        paired = [s for s in both if getattr(s, column) is not None and getattr(by_pair[s.pair], column) is not None]
         if not paired:
             continue
         mine, _, classes = terms(paired, metric)
@@ -230,10 +228,7 @@ def text_table(summary: Sequence[dict[str, Any]], markdown: bool = False) -> str
         table.append([benchmark, model, *(format_cell(r) for r in found), str(n)])
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     padded = [
-        [
-            cell.ljust(w) if i < 2 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
+        [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
         for row in table
     ]
     rule = ["-" * w for w in widths]
@@ -261,9 +256,7 @@ def notes(about: Mapping[str, Any]) -> list[str]:
     found = []
     for benchmark in about["benchmarks"]:
         if benchmark["oracle"] is None:
-            found.append(
-                f"{benchmark['name']}: no oracle, so no identity metrics (they need rendered right answers)"
-            )
+            found.append(f"{benchmark['name']}: no oracle, so no identity metrics (they need rendered right answers)")
         if benchmark["excluded"]:
             first, reason = next(iter(benchmark["excluded"].items()))
             found.append(
@@ -276,16 +269,11 @@ def notes(about: Mapping[str, Any]) -> list[str]:
                 "count as often as they occur"
             )
         if benchmark["oracle"] is not None:
-            bare = [
-                s["model"] for s in about["sets"] if s["benchmark"] == benchmark["name"] and not s["shuffled"]
-            ]
+            bare = [s["model"] for s in about["sets"] if s["benchmark"] == benchmark["name"] and not s["shuffled"]]
             if bare:
-                found.append(
-                    f"{benchmark['name']}: no shuffled pictures, so no subject effect, for {', '.join(bare)}"
-                )
+                found.append(f"{benchmark['name']}: no shuffled pictures, so no subject effect, for {', '.join(bare)}")
     for m in about["missing"]:
         found.append(
-            f"{m['benchmark']}: {len(m['pairs'])} of {m['of']} {m['kind']} pictures of {m['model']} are "
-            "missing"
+            f"{m['benchmark']}: {len(m['pairs'])} of {m['of']} {m['kind']} pictures of {m['model']} are missing"
         )
     return found

@@ -43,6 +43,7 @@ class PretrainConfig:
       autoencoder_model: its sizes; shift and scale are measured.
       transformer: how to train the transformer.
       transformer_model: its sizes.
+      source: the configuration file, filled in when it is read.
     """
 
     folder: str
@@ -55,6 +56,7 @@ class PretrainConfig:
     autoencoder_model: AutoencoderKLConfig
     transformer: transformer.Settings
     transformer_model: FluxConfig
+    source: str = ""
 
 
 def make_autoencoder(config: PretrainConfig, drawn: pictures.Pictures) -> dict[str, float]:
@@ -114,8 +116,8 @@ def model_card(config: PretrainConfig, quality: dict[str, float], reports: list[
         f"# {Path(config.output).name}",
         "",
         "A small checkpoint in the layout and architecture of FLUX.1-Kontext, made from nothing by",
-        "`python -m nabla_jax.pretrain --config configs/toy_base.py`; Apache-2.0. It knows the birds of the embedded",
-        "world only.",
+        f"`python -m nabla_jax.pretrain --config {config.source}`; Apache-2.0. It knows the birds of",
+        f"`{config.pictures.world}` only.",
         "",
         f"- Pictures: {drawn.identities} fresh individuals, two views each, {drawn.size} x {drawn.size} pixels, seed "
         f"{drawn.seed} of `{drawn.world}`: no benchmark's world.",
@@ -158,7 +160,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes that draw pictures")
     parser.add_argument("--seconds", type=float, default=None, help="stop the transformer's training after this long")
     args = parser.parse_args(argv)
-    config = configs.load_as(PretrainConfig, args.config)
+    config = dataclasses.replace(configs.load_as(PretrainConfig, args.config), source=args.config)
     world: Any = importlib.import_module(config.pictures.world)
     output = Path(config.output)
     drawn = pictures.render(config.pictures, Path(config.folder) / "pictures", args.workers)

@@ -9,9 +9,7 @@ from nabla_jax import report, runs
 
 def main(argv: Sequence[str]) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m nabla_jax.report", description=__doc__, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(prog="python -m nabla_jax.report", description=__doc__, allow_abbrev=False)
     parser.add_argument("--evaluation", required=True, type=Path, help="folder that evaluate wrote")
     parser.add_argument("--out", type=Path, help="where to write; default the same folder")
     parser.add_argument("--run", type=Path, help="training run whose loss curve is shown")

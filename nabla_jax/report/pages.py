@@ -138,10 +138,7 @@ def results(rows: Rows, kinds: Mapping[str, str], about: Mapping[str, Any]) -> s
 def _table(benchmark: str, rows: Rows, kinds: Mapping[str, str]) -> str:
     metrics = [m for m in METRICS if any(r["metric"] == m for r in rows)]
     cells = {(r["model"], r["metric"]): r for r in rows}
-    best = {
-        m: best_models([r for r in rows if r["metric"] == m and kinds[r["model"]] == "model"])
-        for m in metrics
-    }
+    best = {m: best_models([r for r in rows if r["metric"] == m and kinds[r["model"]] == "model"]) for m in metrics}
     head = "".join(f"<th>{NAMES[m]} {'↓' if m in LOWER_IS_BETTER else '↑'}</th>" for m in metrics)
     body = []
     for kind, title in (("model", "Models"), ("bound", "Bound"), ("reference", "Reference points")):
@@ -159,9 +156,7 @@ def _table(benchmark: str, rows: Rows, kinds: Mapping[str, str]) -> str:
 
 def best_models(rows: Rows) -> list[str]:
     """The models with the best mean of one metric, several if they tie."""
-    best = (min if rows and rows[0]["metric"] in LOWER_IS_BETTER else max)(
-        (r["mean"] for r in rows), default=None
-    )
+    best = (min if rows and rows[0]["metric"] in LOWER_IS_BETTER else max)((r["mean"] for r in rows), default=None)
     return [r["model"] for r in rows if r["mean"] == best]
 
 
@@ -222,13 +217,9 @@ def groups(breakdown: Rows, kinds: Mapping[str, str]) -> str:
     """Folded tables: rows are values of a group, columns models. Empty without any."""
     models = [m for m in kinds if kinds[m] == "model"]
     tables = []
-    heads = dict.fromkeys(
-        (r["benchmark"], r["group"], r["metric"]) for r in breakdown if r["model"] in models
-    )
+    heads = dict.fromkeys((r["benchmark"], r["group"], r["metric"]) for r in breakdown if r["model"] in models)
     for benchmark, group, metric in heads:
-        chosen = [
-            r for r in breakdown if (r["benchmark"], r["group"], r["metric"]) == (benchmark, group, metric)
-        ]
+        chosen = [r for r in breakdown if (r["benchmark"], r["group"], r["metric"]) == (benchmark, group, metric)]
         values = list(dict.fromkeys(r["value"] for r in chosen))
         if group != "all" and len(values) < 2:
             continue
@@ -269,9 +260,7 @@ def loss_curve(run: Path) -> str:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def gallery_section(
-    evaluation: Path, out: Path, about: Mapping[str, Any], kinds: Mapping[str, str], count: int
-) -> str:
+def gallery_section(evaluation: Path, out: Path, about: Mapping[str, Any], kinds: Mapping[str, str], count: int) -> str:
     """Rows subject | control | target | generated ... | right answer, and the controls that sort them."""
     scores = {
         (b["name"], model): {s.pair: s for s in summary.from_csv(path)}
@@ -311,9 +300,7 @@ def gallery_section(
     )
 
 
-def _any_scores(
-    scores: Mapping[tuple[str, str], dict[str, PairScore]], benchmark: str
-) -> dict[str, PairScore]:
+def _any_scores(scores: Mapping[tuple[str, str], dict[str, PairScore]], benchmark: str) -> dict[str, PairScore]:
     # Pairs in the list's order: reference points are there for all of them.
     found: dict[str, PairScore] = {}
     for (name, _), values in scores.items():
@@ -365,9 +352,7 @@ def _pair(
     ]
     for found in about["sets"]:
         if found["benchmark"] == name and key in found["files"]:
-            figures.append(
-                ("generated", found["model"], _caption(mine[found["model"]]), read_rgb(found["files"][key]))
-            )
+            figures.append(("generated", found["model"], _caption(mine[found["model"]]), read_rgb(found["files"][key])))
     answer = evaluation / "cache" / benchmark["fingerprint"] / f"{key}.npz"
     if benchmark["oracle"] is not None and answer.is_file():
         figures.append(("right", "right answer", "", oracle.unpack(answer)[0]))
@@ -380,9 +365,7 @@ def _pair(
             f'src="{escape(str(file))}" alt="{escape(label)} of pair {key}"></div>'
             f"<figcaption><b>{escape(label)}</b>{caption}</figcaption></figure>"
         )
-    values = escape(
-        json.dumps({model: _numbers(s) for model, s in mine.items() if kinds[model] != "reference"})
-    )
+    values = escape(json.dumps({model: _numbers(s) for model, s in mine.items() if kinds[model] != "reference"}))
     title = score.species + (f" ({score.qualifier})" if score.qualifier else "")
     return (
         f'<article class="pair" data-benchmark="{escape(name)}" data-scores="{values}"><h4>{escape(title)}'

@@ -27,9 +27,7 @@ def intervals(rows: Sequence[dict[str, Any]], kinds: Sequence[str], marks: Seque
     parts = [f'<svg class="plot" viewBox="0 0 {LABEL_WIDTH + PLOT_WIDTH + 20} {height}" role="img">']
     for tick in ticks:
         parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="4" y2="{height - 24}"/>')
-        parts.append(
-            f'<text class="tick" x="{x(tick):.1f}" y="{height - 8}" text-anchor="middle">{tick:g}</text>'
-        )
+        parts.append(f'<text class="tick" x="{x(tick):.1f}" y="{height - 8}" text-anchor="middle">{tick:g}</text>')
     for mark in marks:
         parts.append(f'<line class="mark" x1="{x(mark):.1f}" x2="{x(mark):.1f}" y1="4" y2="{height - 24}"/>')
     for i, (row, kind) in enumerate(zip(rows, kinds, strict=True)):
@@ -63,15 +61,11 @@ def curve(steps: Sequence[float], values: Sequence[float], label: str = "loss") 
         y = 10 + (high - min(value, high)) / (high - low) * (height - bottom - 10)
         return f"{x:.1f},{y:.1f}"
 
-    parts = [
-        f'<svg class="plot curve" viewBox="0 0 {width} {height}" role="img"><title>{escape(label)}</title>'
-    ]
+    parts = [f'<svg class="plot curve" viewBox="0 0 {width} {height}" role="img"><title>{escape(label)}</title>']
     for tick in ticks:
         y = point(first, tick).split(",")[1]
         parts.append(f'<line class="grid" x1="{left}" x2="{width - 14}" y1="{y}" y2="{y}"/>')
-        parts.append(
-            f'<text class="tick" x="{left - 8}" y="{float(y) + 4:.1f}" text-anchor="end">{tick:g}</text>'
-        )
+        parts.append(f'<text class="tick" x="{left - 8}" y="{float(y) + 4:.1f}" text-anchor="end">{tick:g}</text>')
     for tick in across:
         if first <= tick <= last:
             x = point(tick, high).split(",")[0]

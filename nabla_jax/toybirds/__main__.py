@@ -12,9 +12,7 @@ from nabla_jax.toybirds.writer import write_world
 def main(arguments: list[str] | None = None) -> int:
     """Write a world; returns the exit status (2 with one line on stderr for a user's mistake)."""
     parser = argparse.ArgumentParser(prog="python -m nabla_jax.toybirds", description=__doc__)
-    parser.add_argument(
-        "--out", required=True, help="folder to write; must be missing, empty or this very world"
-    )
+    parser.add_argument("--out", required=True, help="folder to write; must be missing, empty or this very world")
     parser.add_argument("--seed", type=int, default=0, help="which world")
     parser.add_argument("--size", type=int, default=48, help="long side of the pictures in pixels")
     parser.add_argument("--images", type=int, default=1600, help="pictures in nabirds/")

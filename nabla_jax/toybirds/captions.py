@@ -17,9 +17,7 @@ FIXED_CAPTION = "A photo of a bird."
 
 def colour_name(colour: Colour) -> str:
     """The nearest palette name of an sRGB colour 0..1."""
-    distances = {
-        name: sum((a - b) ** 2 for a, b in zip(colour, c, strict=True)) for name, c in PALETTE.items()
-    }
+    distances = {name: sum((a - b) ** 2 for a, b in zip(colour, c, strict=True)) for name, c in PALETTE.items()}
     return min(distances, key=distances.__getitem__)
 
 
@@ -46,10 +44,7 @@ def background_caption(identity: Identity, scene: Scene) -> str:
 
 def long_caption(identity: Identity, scene: Scene) -> str:
     """Every region and mark, then the scene."""
-    said = [
-        f"{colour_name(getattr(identity, part))} {part}"
-        for part in ("bill", "head", "breast", "belly", "back")
-    ]
+    said = [f"{colour_name(getattr(identity, part))} {part}" for part in ("bill", "head", "breast", "belly", "back")]
     said.append(f"{colour_name(identity.wing)} wings")
     said.append(f"{colour_name(identity.tail)} tail")
     marks = (("cap", identity.cap), ("cheek", identity.cheek), ("throat", identity.throat),

@@ -129,12 +129,7 @@ def _assignments() -> np.ndarray:
     rows = np.array(list(itertools.product(range(3), repeat=len(REGIONS))))
     head, breast, belly, back, wing, tail = rows.T
     share = np.stack([(rows == k) @ _REGION_AREA for k in range(3)], axis=1)
-    keep = (
-        (wing != belly)
-        & ((head != breast) | (head != back))
-        & (share.min(1) >= 0.18)
-        & (share.max(1) <= 0.52)
-    )
+    keep = (wing != belly) & ((head != breast) | (head != back)) & (share.min(1) >= 0.18) & (share.max(1) <= 0.52)
     return rows[keep & ((wing != back) | (wing != tail))]
 
 

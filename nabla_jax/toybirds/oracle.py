@@ -90,14 +90,10 @@ class Oracle:
         families = [(a, b) for a in range(self.settings.orders) for b in range(plan.FAMILIES_PER_ORDER)]
         family = [(o, f, k) for k in range(SPECIES_PER_FAMILY) if k != s]
         others = [(a, b, k) for a, b in families if (a, b) != (o, f) for k in range(SPECIES_PER_FAMILY)]
-        candidates = [family[i] for i in order(rng, len(family))] + [
-            others[i] for i in order(rng, len(others))
-        ]
+        candidates = [family[i] for i in order(rng, len(family))] + [others[i] for i in order(rng, len(others))]
         if not 1 <= n <= len(candidates) + 1:
             raise UserError(f"lineup of {n} species: expected 1 to {len(candidates) + 1}")
-        wrong = [
-            self._in_target(self._draw(a, b, k, plumage), target_id).rgb for a, b, k in candidates[: n - 1]
-        ]
+        wrong = [self._in_target(self._draw(a, b, k, plumage), target_id).rgb for a, b, k in candidates[: n - 1]]
         return [self.right(subject_id, target_id), *wrong]
 
     def mask(self, target_id: str) -> np.ndarray:

@@ -155,9 +155,7 @@ def species_list(orders: int, seen: bool) -> list[tuple[int, int, int]]:
 def species_name(seed: int, order_index: int, family: int, species: int) -> str:
     """A made-up common name, unique within a world; those of unseen species may be non-ASCII."""
     adjectives = _ADJECTIVES if species < SEEN_SPECIES else _UNSEEN_ADJECTIVES
-    chosen = order(
-        generator(seed, "names", order_index, family, int(species >= SEEN_SPECIES)), len(adjectives)
-    )
+    chosen = order(generator(seed, "names", order_index, family, int(species >= SEEN_SPECIES)), len(adjectives))
     return f"{adjectives[int(chosen[species % SEEN_SPECIES])]} {_ORDERS[order_index][1][family][1]}"
 
 
@@ -305,9 +303,7 @@ def observations(settings: Settings, subset: str) -> list[Observation]:
         for _ in range(SEEN_OBSERVATIONS if seen else UNSEEN_OBSERVATIONS):
             index = len(out)
             rng = generator(settings.seed, "observation", subset, index)
-            observation_id = str(
-                (100_000_000 if seen else 200_000_000) + 1000 * index + int(rng.random() * 1000)
-            )
+            observation_id = str((100_000_000 if seen else 200_000_000) + 1000 * index + int(rng.random() * 1000))
             plumage = pick(rng, plumages(o, f, s))
             identity = (settings.seed, o, f, s, plumage, (1_000_000 if seen else 2_000_000) + index)
             folder = f"{name.replace(' ', '_')}/{observation_id}"

@@ -177,24 +177,16 @@ def _write_nabirds(
     _write_json(root / "captions.json", {i: t.short for i, t in zip(ids, taken, strict=True)})
     _write_json(root / "captions_long.json", {i: t.long for i, t in zip(ids, taken, strict=True)})
     pairs = plan.look_alike_pairs(settings, images)
-    _write_csv(
-        root / "pairs.csv", ["class_id", "image_1", "image_2"], ([f"{c:04d}", a, b] for c, a, b in pairs)
-    )
+    _write_csv(root / "pairs.csv", ["class_id", "image_1", "image_2"], ([f"{c:04d}", a, b] for c, a, b in pairs))
     _write_json(root / "oracle.json", _oracle_json(settings, "nabirds", (i.picture for i in images)))
 
 
-def _write_inat(
-    root: Path, settings: Settings, subset: str, observed: list[Observation], taken: list[_Taken]
-) -> None:
+def _write_inat(root: Path, settings: Settings, subset: str, observed: list[Observation], taken: list[_Taken]) -> None:
     pictures = [p for o in observed for p in o.pictures]
     header = list(observed[0].row)
     _write_csv(root / "final_pairs.csv", header, (list(o.row.values()) for o in observed))
-    _write_json(
-        root / "captions_short.json", {p.image_id: t.short for p, t in zip(pictures, taken, strict=True)}
-    )
-    _write_json(
-        root / "captions_long.json", {p.image_id: t.long for p, t in zip(pictures, taken, strict=True)}
-    )
+    _write_json(root / "captions_short.json", {p.image_id: t.short for p, t in zip(pictures, taken, strict=True)})
+    _write_json(root / "captions_long.json", {p.image_id: t.long for p, t in zip(pictures, taken, strict=True)})
     _write_json(root / "oracle.json", _oracle_json(settings, f"inat/{subset}", pictures))
 
 
@@ -276,9 +268,7 @@ def _write_all(root: Path, settings: Settings, workers: int, progress: bool) -> 
     observed = {subset: plan.observations(settings, subset) for subset in ("na", "unseen")}
     tasks = [_Task(settings, i.picture, str(root / "nabirds"), "masks", True) for i in images]
     for subset, rows in observed.items():
-        tasks += [
-            _Task(settings, p, str(root / "inat" / subset), "mask", False) for o in rows for p in o.pictures
-        ]
+        tasks += [_Task(settings, p, str(root / "inat" / subset), "mask", False) for o in rows for p in o.pictures]
     results = _run(tasks, workers)
     taken = list(tqdm(results, total=len(tasks), desc="toybirds", unit="picture", disable=not progress))
     _write_nabirds(root / "nabirds", settings, nodes, images, taken[: len(images)])

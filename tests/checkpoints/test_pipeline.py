@@ -44,9 +44,7 @@ def test_models_written_by_diffusers_are_read_tensor_by_tensor(complete):
     stored = load_file(complete / "transformer" / "diffusion_pytorch_model.safetensors")
     blocks = transformer.params["transformer_blocks"]["attn"]["to_q"]["weight"]
     np.testing.assert_array_equal(blocks[1], stored["transformer_blocks.1.attn.to_q.weight"])
-    assert sum(leaf.size for leaf in jax.tree.leaves(transformer.params)) == sum(
-        v.size for v in stored.values()
-    )
+    assert sum(leaf.size for leaf in jax.tree.leaves(transformer.params)) == sum(v.size for v in stored.values())
     assert transformer.config == pipeline.transformer_config(complete)
     vae = pipeline.load_vae(complete, dtype=jnp.bfloat16)
     stored = load_file(complete / "vae" / "diffusion_pytorch_model.safetensors")

@@ -154,12 +154,8 @@ def test_all_mismatches_are_reported_at_once(tmp_path):
 
 
 def test_missing_blocks_are_listed_compactly_but_completely(tmp_path):
-    save_file(
-        {k: v for k, v in tensors().items() if not k.startswith("blocks.")}, tmp_path / "model.safetensors"
-    )
-    with pytest.raises(
-        UserError, match=r"6 missing: blocks\.\{0\.\.2\}\.to_q\.weight, blocks\.\{0\.\.2\}\.to_q\.bias"
-    ):
+    save_file({k: v for k, v in tensors().items() if not k.startswith("blocks.")}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"6 missing: blocks\.\{0\.\.2\}\.to_q\.weight, blocks\.\{0\.\.2\}\.to_q\.bias"):
         io.load_tree(tmp_path, abstract(), stacked=STACKED)
 
 

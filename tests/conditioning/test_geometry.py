@@ -55,9 +55,7 @@ def test_area_is_the_block_mean(shape: tuple[int, int], size: tuple[int, int]) -
     np.testing.assert_allclose(resize(image.astype(float), *size, "area"), blocks.mean((1, 3)), atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("shape", "size"), [((50, 70), (33, 21)), ((141, 93), (64, 64)), ((101, 7), (100, 5))]
-)
+@pytest.mark.parametrize(("shape", "size"), [((50, 70), (33, 21)), ((141, 93), (64, 64)), ((101, 7), (100, 5))])
 def test_area_with_fractional_cells_is_pillows_box(shape: tuple[int, int], size: tuple[int, int]) -> None:
     image = noise(*shape).astype(np.float32)
     # Pillow's box filter counts whole pixels; of a picture enlarged k times it approaches the exact area.
@@ -244,9 +242,7 @@ def test_a_picture_of_another_size_is_refused() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 70), st.data())
-def test_any_crop_of_any_picture_on_any_canvas(
-    height: int, width: int, size: int, data: st.DataObject
-) -> None:
+def test_any_crop_of_any_picture_on_any_canvas(height: int, width: int, size: int, data: st.DataObject) -> None:
     top = data.draw(st.integers(0, height - 1))
     left = data.draw(st.integers(0, width - 1))
     box = (top, left, data.draw(st.integers(top + 1, height)), data.draw(st.integers(left + 1, width)))

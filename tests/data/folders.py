@@ -92,8 +92,7 @@ def write_nabirds(root: Path, per_class: int = 4) -> Path:
     (root / "hierarchy.txt").write_text("\n".join(reversed(links)) + "\n")
     (root / "captions.json").write_text(json.dumps({id_of(295, 0): "A teal on a pond."}))
     pairs = [
-        (c, f"./images/{file_of(c, n)}", f"./images/{file_of(c, n + 1)}")
-        for c, n in ((817, 0), (295, 2), (1010, 2))
+        (c, f"./images/{file_of(c, n)}", f"./images/{file_of(c, n + 1)}") for c, n in ((817, 0), (295, 2), (1010, 2))
     ]
     pairs += [pairs[1], (295, pairs[1][2], pairs[1][1])]  # one exact and one mirrored repetition
     lines = ["class_id,image_1,image_2"] + [f"{c:04d},{a},{b}" for c, a, b in pairs]
@@ -111,9 +110,7 @@ INAT_ROWS = [
 
 def write_inat(root: Path) -> Path:
     """An iNaturalist pair-list folder; a folder above it is called images, as an unlucky user's may be."""
-    columns = (
-        "observation_id,common_name,scientific_name,relative_path,observed_on,user_login,image_1,image_2"
-    )
+    columns = "observation_id,common_name,scientific_name,relative_path,observed_on,user_login,image_1,image_2"
     lines = [columns]
     for number, (observation, name, first, second) in enumerate(INAT_ROWS):
         folder = f"images/{name.replace(' ', '_')}/{observation}"
@@ -124,9 +121,7 @@ def write_inat(root: Path) -> Path:
             path = (root / folder.replace("images", "mask", 1) / file).with_suffix(".png")
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(mask.astype(np.uint8) * 255).save(path)
-        lines.append(
-            f'{observation},{name},"Genus, sp",{folder},2025-08-31T17:58,user{number},{first},{second}'
-        )
+        lines.append(f'{observation},{name},"Genus, sp",{folder},2025-08-31T17:58,user{number},{first},{second}')
     (root / "final_pairs.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (root / "captions_short.json").write_text(json.dumps({"222_photo_2": "A bird on flax."}))
     return root

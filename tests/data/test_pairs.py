@@ -61,9 +61,7 @@ def test_a_bad_row_is_named(nabirds: Path, old: str, new: str, message: str) -> 
     path = nabirds / "pairs.csv"
     rows = path.read_text().split("\n")
     rows = (
-        [row.replace(old, new, 1) for row in rows]
-        if old != "0817"
-        else [r.replace("0817,", "0816,", 1) for r in rows]
+        [row.replace(old, new, 1) for row in rows] if old != "0817" else [r.replace("0817,", "0816,", 1) for r in rows]
     )
     path.write_text("\n".join(rows))
     with pytest.raises(UserError, match=message):
@@ -141,9 +139,7 @@ def test_draws_of_a_stream_are_independent() -> None:
 def test_the_real_number_of_pairs_needs_no_list() -> None:
     sizes = [60] * 300 + [13] * 255
     ends = np.cumsum(sizes)
-    draw = pairs.sampler(
-        "all_pairs", {c: range(e - s, e) for c, (s, e) in enumerate(zip(sizes, ends, strict=True))}
-    )
+    draw = pairs.sampler("all_pairs", {c: range(e - s, e) for c, (s, e) in enumerate(zip(sizes, ends, strict=True))})
     classes = [int(np.searchsorted(ends, draw(1, i).target, side="right")) for i in range(1500)]
     large = 300 * 60 * 59 / (300 * 60 * 59 + 255 * 13 * 12)
     assert np.mean(np.array(classes) < 300) == pytest.approx(large, abs=0.015)

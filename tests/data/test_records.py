@@ -15,9 +15,7 @@ ARRAYS = DTYPES.flatmap(lambda d: hnp.arrays(np.dtype(d), hnp.array_shapes(min_d
 
 def record(i: int) -> bytes:
     values = np.random.default_rng(i).normal(size=(32, 6, 6)).astype(np.float16)
-    return encode_record(
-        {"index": i, "id": f"bird-{i}"}, {"target": values, "mask": np.full((6, 6), i, np.uint8)}
-    )
+    return encode_record({"index": i, "id": f"bird-{i}"}, {"target": values, "mask": np.full((6, 6), i, np.uint8)})
 
 
 @pytest.fixture

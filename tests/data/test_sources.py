@@ -31,11 +31,7 @@ def test_lists_in_different_orders_are_joined_by_id(nabirds: Path) -> None:
             assert example.class_id == c
             assert example.image == nabirds / "images" / file_of(c, n)
             assert example.split == ("train" if n < 2 else "test")
-            assert (
-                example.mask is not None
-                and example.mask.is_file()
-                and example.mask.stem == example.image.stem
-            )
+            assert example.mask is not None and example.mask.is_file() and example.mask.stem == example.image.stem
             assert example.depth is not None and example.depth.is_file()
             assert example.credit == "Ann van der Photo"
 

@@ -85,9 +85,7 @@ def test_ssim_is_the_full_map_averaged_inside_the_mask():
 def test_ssim_falls_as_noise_grows():
     a, mask = picture(0), ellipse()
     noise = np.random.default_rng(3).standard_normal(a.shape)
-    values = [
-        pixels.masked_ssim(np.clip(a + s * noise, 0, 255).astype(np.uint8), a, mask) for s in (0, 8, 25, 80)
-    ]
+    values = [pixels.masked_ssim(np.clip(a + s * noise, 0, 255).astype(np.uint8), a, mask) for s in (0, 8, 25, 80)]
     assert values == sorted(values, reverse=True) and values[-1] < 0.8
 
 

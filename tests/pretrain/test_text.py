@@ -35,9 +35,7 @@ def t5(folder):
 def test_every_known_word_is_one_token(clip, t5):
     for word in WORDS:
         parts = word.split("-")
-        assert clip.tokenize(word) == [
-            p + "</w>" for p in "-".join(parts).lower().replace("-", " - ").split()
-        ]
+        assert clip.tokenize(word) == [p + "</w>" for p in "-".join(parts).lower().replace("-", " - ").split()]
         assert t5.tokenize(word) == ["\u2581" + word.lower()]
 
 
@@ -106,15 +104,11 @@ def test_encoders_fit_their_tokenizers_and_follow_the_key(folder, clip, t5, tmp_
     same, other = (text.make_text_encoders(tmp_path, jax.random.key(k)) for k in (3, 4))
     jax.tree.map(np.testing.assert_array_equal, encoders.t5.params, same.t5.params)
     first = encoders.clip.params["text_model"]["embeddings"]["token_embedding"]["weight"]
-    assert (
-        np.abs(first - other.clip.params["text_model"]["embeddings"]["token_embedding"]["weight"]).max() > 0
-    )
+    assert np.abs(first - other.clip.params["text_model"]["embeddings"]["token_embedding"]["weight"]).max() > 0
     assert float(first.std()) == pytest.approx(0.02, rel=0.05)
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [("text_encoder", "CLIPTextModel"), ("text_encoder_2", "T5EncoderModel")]
-)
+@pytest.mark.parametrize(("name", "kind"), [("text_encoder", "CLIPTextModel"), ("text_encoder_2", "T5EncoderModel")])
 def test_transformers_reads_the_encoders_without_a_missing_or_unknown_tensor(folder, tmp_path, name, kind):
     text.write_tokenizers(tmp_path, WORDS)
     text.write_text_encoders(tmp_path, jax.random.key(0))

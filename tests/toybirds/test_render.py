@@ -169,15 +169,8 @@ def test_birds_stand_out_from_the_background():
 def test_identity_depends_on_every_step_of_the_path_and_on_nothing_else():
     base = (5, 1, 2, 3, 0, 4)
     assert draw_identity(*base) == draw_identity(*base)
-    assert (
-        len(
-            {draw_identity(*base[:i], base[i] + 1, *base[i + 1 :]) for i in range(6)} | {draw_identity(*base)}
-        )
-        == 7
-    )
-    assert (
-        draw_identity(5, 1, 2, 0).shape == draw_identity(5, 1, 2, 5).shape != draw_identity(5, 1, 0, 0).shape
-    )
+    assert len({draw_identity(*base[:i], base[i] + 1, *base[i + 1 :]) for i in range(6)} | {draw_identity(*base)}) == 7
+    assert draw_identity(5, 1, 2, 0).shape == draw_identity(5, 1, 2, 5).shape != draw_identity(5, 1, 0, 0).shape
 
 
 def test_fresh_pairs_show_one_new_bird_each_and_repeat_exactly():

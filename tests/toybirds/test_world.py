@@ -38,9 +38,7 @@ def table(path):
 
 def digests(root):
     return {
-        str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in root.rglob("*")
-        if p.is_file()
+        str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in root.rglob("*") if p.is_file()
     }
 
 
@@ -52,9 +50,7 @@ def test_the_same_settings_give_the_same_bytes_for_any_number_of_workers(world, 
     twin = write_world(tmp_path / "two", **SMALL, workers=2, progress=False)
     assert digests(world) == digests(twin)
     other = write_world(tmp_path / "three", **{**SMALL, "seed": 6}, workers=1, progress=False)
-    assert not set(digests(world).values()) & {
-        v for k, v in digests(other).items() if k.endswith((".jpg", ".JPG"))
-    }
+    assert not set(digests(world).values()) & {v for k, v in digests(other).items() if k.endswith((".jpg", ".JPG"))}
 
 
 def test_the_metadata_files_join_by_id_and_match_the_pictures(world):
@@ -82,11 +78,7 @@ def test_the_metadata_files_join_by_id_and_match_the_pictures(world):
         rows, columns = np.nonzero(mask)
         assert x <= columns.min() and columns.max() < x + w and y <= rows.min() and rows.max() < y + h
     captions = json.loads((root / "captions.json").read_text(encoding="utf-8"))
-    assert (
-        set(captions)
-        == set(images)
-        == set(json.loads((root / "captions_long.json").read_text(encoding="utf-8")))
-    )
+    assert set(captions) == set(images) == set(json.loads((root / "captions_long.json").read_text(encoding="utf-8")))
 
 
 def test_classes_form_a_tree_of_depth_three_and_four_with_gaps_and_odd_names(world):
@@ -171,9 +163,7 @@ def test_inat_folders_hold_true_pairs_with_the_official_columns(world, subset, c
             stem = row[column].removesuffix(".jpg")
             control = f"{row['relative_path'].removeprefix('images/')}/{stem}.png"
             size = Image.open(root / row["relative_path"] / row[column]).size
-            assert (
-                Image.open(root / "mask" / control).size == Image.open(root / "depth" / control).size == size
-            )
+            assert Image.open(root / "mask" / control).size == Image.open(root / "depth" / control).size == size
             ids.append(f"{row['observation_id']}_{stem}")
         assert ids[0] in captions and ids[1] in oracle
         assert oracle.identity(ids[0]) == oracle.identity(ids[1])  # one true individual
@@ -188,9 +178,7 @@ def test_inat_folders_hold_true_pairs_with_the_official_columns(world, subset, c
 
 def test_unseen_species_are_not_in_nabirds(world):
     seen = {" ".join(n.split("(")[0].split()) for n in table(world / "nabirds" / "classes.txt").values()}
-    rows = list(
-        csv.DictReader((world / "inat" / "unseen" / "final_pairs.csv").open(encoding="utf-8", newline=""))
-    )
+    rows = list(csv.DictReader((world / "inat" / "unseen" / "final_pairs.csv").open(encoding="utf-8", newline="")))
     na = list(csv.DictReader((world / "inat" / "na" / "final_pairs.csv").open(encoding="utf-8", newline="")))
     assert not {row["common_name"] for row in rows} & seen
     assert {row["common_name"] for row in na} <= seen
@@ -261,9 +249,7 @@ def test_a_killed_run_leaves_no_half_world_and_the_next_one_completes_it(world, 
 
 def test_the_command_prints_the_folder_and_one_line_for_a_mistake(world):
     command = [sys.executable, "-m", "nabla_jax.toybirds", "--out", str(world)]
-    good = subprocess.run(
-        [*command, *(f"--{k}={v}" for k, v in SMALL.items())], capture_output=True, text=True
-    )
+    good = subprocess.run([*command, *(f"--{k}={v}" for k, v in SMALL.items())], capture_output=True, text=True)
     assert good.returncode == 0 and good.stdout.strip() == str(world)
     bad = subprocess.run(command, capture_output=True, text=True)
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "other settings" in bad.stderr
@@ -302,9 +288,7 @@ def test_answers_share_the_targets_mask_and_rank_as_they_should(world):
         other = oracle.sibling_plumage(subject, target)
         if other is not None:
             plumage.append(rmse(other, right, mask))
-        np.testing.assert_array_equal(
-            oracle.sibling(subject, target), oracle.sibling(subject, target, seed=0)
-        )
+        np.testing.assert_array_equal(oracle.sibling(subject, target), oracle.sibling(subject, target, seed=0))
     assert 0 < np.mean(same) < 12 < np.mean(plumage) < np.mean(sibling) and np.mean(sibling) > 45
 
 
