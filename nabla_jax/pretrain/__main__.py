@@ -22,7 +22,7 @@ from nabla_jax.models import layers
 from nabla_jax.models.autoencoder import AutoencoderKLConfig
 from nabla_jax.models.flux import FluxConfig
 from nabla_jax.pretrain import autoencoder, latents, pictures, text, transformer
-from nabla_jax.runs import read_json, read_rows, run_main, write_atomic, write_json
+from nabla_jax.runs import read_rows, run_main, write_atomic
 
 _HELD_OUT = 100
 _MEASURED = 1000
@@ -60,49 +60,55 @@ class PretrainConfig:
 
 
 def make_autoencoder(config: PretrainConfig, drawn: pictures.Pictures) -> dict[str, float]:
-    """Trains the autoencoder and writes ``vae/``; returns its quality on individuals it never saw."""
+    """Trains the autoencoder and writes ``vae/``; one that is already there is kept.
+
+    Returns its quality on individuals it never saw: {psnr_bird, psnr} in dB.
+    """
     folder, output = Path(config.folder), Path(config.output)
-    measured = folder / "autoencoder.json"
-    if measured.exists() and (output / "vae" / "config.json").exists():
-        found: dict[str, float] = read_json(measured)
-        return found
-    size = config.size
+    size, held = config.size, 2 * _HELD_OUT
     images, masks = drawn.pictures.reshape(-1, size, size, 3), drawn.masks.reshape(-1, size, size)
-    held = 2 * _HELD_OUT
-    log = folder / "autoencoder.jsonl"
-    graphdef, state = autoencoder.train(
-        config.autoencoder_model, config.autoencoder, images[:-held], masks[:-held],
-        held_out=(images[-held:], masks[-held:]), checkpoint=folder / "autoencoder.safetensors",
-        report=latents.report_to(log), every=100,
-    )  # fmt: skip
-    _, values = autoencoder.reconstruct(graphdef, state.ema, images[:_MEASURED])
-    model = autoencoder.with_measured_scale(config.autoencoder_model, values)
-    decoded, _ = autoencoder.reconstruct(graphdef, state.ema, images[-held:])
-    quality = {
-        "steps": state.step,
+    if not (output / "vae" / "config.json").exists():
+        graphdef, state = autoencoder.train(
+            config.autoencoder_model, config.autoencoder, images[:-held], masks[:-held],
+            held_out=(images[-held:], masks[-held:]), checkpoint=folder / "autoencoder.safetensors",
+            report=latents.report_to(folder / "autoencoder.jsonl"), every=100,
+        )  # fmt: skip
+        _, values = autoencoder.reconstruct(graphdef, state.ema, images[:_MEASURED])
+        model = autoencoder.with_measured_scale(config.autoencoder_model, values)
+        pipeline.save_part(output, "vae", model, state.ema, dtype=jnp.bfloat16)
+    vae = pipeline.load_vae(output)
+    decoded, _ = autoencoder.reconstruct(vae.graphdef, vae.params, images[-held:])
+    return {
         "psnr_bird": autoencoder.psnr(images[-held:], decoded, masks[-held:]),
         "psnr": autoencoder.psnr(images[-held:], decoded),
     }
-    autoencoder.save(output / "vae", model, state.ema)
-    write_json(measured, quality)
-    return quality
 
 
 def train_transformer(
-    config: PretrainConfig, encoded: transformer.Latents, seconds: float | None
+    config: PretrainConfig, encoded: transformer.Latents, seconds: float | None, start: Path | None
 ) -> tuple[transformer.State, Any]:
-    """Trains transformer and text encoders together, continuing from their last state."""
+    """Trains transformer and text encoders together, continuing from their last state.
+
+    Without one it starts from the weights in the checkpoint folder ``start``, or from nothing.
+    """
     folder, output = Path(config.folder), Path(config.output)
     encoders = text.make_text_encoders(output, jax.random.key(config.transformer.seed))
-    start = {"clip": encoders.clip.params, "t5": encoders.t5.params}
+    fresh = {"clip": encoders.clip.params, "t5": encoders.t5.params}
+    given = None
+    if start is not None:
+        loaded = pipeline.load_text_encoders(start)
+        given = {
+            "transformer": pipeline.load_transformer(start).params,
+            "text": {"clip": loaded.clip.params, "t5": loaded.t5.params},
+        }
 
     def encode_text(params: layers.Params, t5: jax.Array, clip: jax.Array) -> tuple[jax.Array, jax.Array]:
         return embed(encoders, params["clip"], params["t5"], clip, t5)
 
     state = transformer.train(
-        config.transformer_model, start, encode_text, encoded, config.transformer,
+        config.transformer_model, fresh, encode_text, encoded, config.transformer,
         checkpoint=folder / "transformer.safetensors", report=latents.report_to(folder / "transformer.jsonl"),
-        seconds=seconds,
+        seconds=seconds, start=given,
     )  # fmt: skip
     return state, encoders
 
@@ -121,7 +127,7 @@ def model_card(config: PretrainConfig, quality: dict[str, float], reports: list[
         "",
         f"- Pictures: {drawn.identities} fresh individuals, two views each, {drawn.size} x {drawn.size} pixels, seed "
         f"{drawn.seed} of `{drawn.world}`: no benchmark's world.",
-        f"- Autoencoder: {quality['steps']:.0f} steps of {config.autoencoder.batch}; on individuals it never saw "
+        f"- Autoencoder: {config.autoencoder.steps} steps of {config.autoencoder.batch}; on individuals it never saw "
         f"{quality['psnr_bird']:.2f} dB PSNR inside the bird, {quality['psnr']:.2f} dB over the picture.",
         f"- Text encoders and transformer, trained together: {steps} steps of {config.transformer.batch} "
         f"({samples:,} samples), seed {config.transformer.seed}. Tasks: caption to picture, another view of the same "
@@ -159,6 +165,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--config", required=True, metavar="FILE")
     parser.add_argument("--workers", type=int, default=2, help="processes that draw pictures")
     parser.add_argument("--seconds", type=float, default=None, help="stop the transformer's training after this long")
+    parser.add_argument("--start", type=Path, default=None, help="checkpoint folder whose weights to start from")
     args = parser.parse_args(argv)
     config = dataclasses.replace(configs.load_as(PretrainConfig, args.config), source=args.config)
     world: Any = importlib.import_module(config.pictures.world)
@@ -172,7 +179,7 @@ def main(argv: Sequence[str]) -> None:
         drawn, vae, tokenizers, Path(config.folder) / "latents", size=config.size, prompt=config.prompt,
         text_length=config.text_length, clip_length=tokenizers.clip.model_max_length,
     )  # fmt: skip
-    state, encoders = train_transformer(config, encoded, args.seconds)
+    state, encoders = train_transformer(config, encoded, args.seconds, args.start)
     write_checkpoint(config, state, encoders, quality)
     print(f"{output}: {state.step} steps")
 

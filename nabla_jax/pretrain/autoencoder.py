@@ -18,8 +18,6 @@ import optax
 from flax import nnx
 
 from nabla_jax import runs
-from nabla_jax.checkpoints.pipeline import write_json
-from nabla_jax.checkpoints.safetensors_io import save_tree
 from nabla_jax.models import layers
 from nabla_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from nabla_jax.pretrain.state import load_arrays, save_arrays
@@ -294,9 +292,3 @@ def train(
                 save_state(checkpoint, state)
                 raise runs.Interrupted(stop.signum, f"{checkpoint}: saved after step {state.step}")
     return graphdef, state
-
-
-def save(folder: Path, config: AutoencoderKLConfig, params: Params) -> None:
-    """Writes the published ``vae/`` folder: config.json, diffusion_pytorch_model.safetensors (float32)."""
-    save_tree(params, folder / "diffusion_pytorch_model.safetensors")
-    write_json(folder / "config.json", config.to_json())

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL as TorchAutoencoderKL
 
+from nabla_jax.checkpoints import pipeline
 from nabla_jax.errors import UserError
 from nabla_jax.models.autoencoder import AutoencoderKLConfig
 from nabla_jax.pretrain import autoencoder as ae
@@ -81,7 +82,7 @@ def test_saved_folder_is_read_by_torch(tmp_path: Path) -> None:
     pictures, _ = blobs(40)
     decoded, latents = ae.reconstruct(graphdef, params, pictures)
     config = ae.with_measured_scale(CONFIG, latents)
-    ae.save(tmp_path / "vae", config, params)
+    pipeline.save_part(tmp_path, "vae", config, params)
     model = TorchAutoencoderKL.from_pretrained(tmp_path / "vae").eval()
     assert (model.config.scaling_factor, model.config.shift_factor) == (
         config.scaling_factor,
