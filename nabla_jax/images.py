@@ -1,36 +1,53 @@
-"""Pictures as arrays: reading, writing and resizing. uint8, (height, width[, 3]), RGB, everywhere."""
+"""Pictures as arrays: reading, writing and resizing. uint8, (height, width[, 3]), RGB, everywhere.
+
+Importing this needs numpy only; Pillow is imported by the functions that use it.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import pathlib
 import tempfile
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from nabla_jax.errors import UserError
 
+if TYPE_CHECKING:
+    import PIL.Image
+
 Array = np.ndarray[Any, Any]
-Method = Literal["area", "bilinear", "nearest"]
+PathLike = str | os.PathLike[str]
+Method = Literal["area", "bilinear", "lanczos", "nearest"]
+
+MAX_PIXELS = 80_000_000
+"""Refused above this, before decoding: a small file can hold a picture that fills the memory."""
+
+_ORIENTATION = 0x0112  # EXIF tag; 5 to 8 exchange height and width
 
 
-def read_rgb(path: str | os.PathLike[str]) -> Array:
+def read_rgb(path: PathLike) -> Array:
     """The picture at `path` as [H, W, 3] uint8, turned upright by its EXIF orientation.
 
-    Raises UserError naming the file when it is missing, truncated or no picture.
+    Raises UserError naming the file when it is missing, truncated, no picture, too large, or of more than 8
+    bits.
     """
-    return np.asarray(_open(path).convert("RGB"))
+    with _opened(path) as image:
+        if image.mode.startswith(("I", "F")):
+            raise UserError(f"{path}: found {image.mode} pixels of more than 8 bits, expected an 8-bit picture")
+        return np.asarray(_upright(image, path).convert("RGB"))
 
 
-def read_mask(path: str | os.PathLike[str], size: tuple[int, int] | None = None) -> Array:
+def read_mask(path: PathLike, size: tuple[int, int] | None = None) -> Array:
     """The mask at `path` as [H, W] bool: stored values above 127 (of 255) are foreground.
 
     `size` is the (height, width) of the picture it belongs to. Raises UserError when the file cannot be read
     or when its size is another one: a resized mask would silently shift the silhouette.
     """
-    mask = np.asarray(_open(path).convert("L")) > 127
+    with _opened(path) as image:
+        mask = np.asarray(_upright(image, path).convert("L")) > 127
     if size is not None and mask.shape != tuple(size):
         raise UserError(
             f"{path}: mask is {mask.shape[0]}x{mask.shape[1]} (height x width), "
@@ -39,12 +56,25 @@ def read_mask(path: str | os.PathLike[str], size: tuple[int, int] | None = None)
     return mask
 
 
-def write_image(image: Array, path: str | os.PathLike[str], **options: Any) -> None:
+def picture_size(path: PathLike) -> tuple[int, int]:
+    """(height, width) of the upright picture, from its header alone. Raises UserError like `read_rgb`."""
+    with _opened(path) as image:
+        rows, columns = image.height, image.width
+        try:
+            turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"{path}: not a readable picture ({error})") from error
+    return (columns, rows) if turned else (rows, columns)
+
+
+def write_image(image: Array, path: PathLike, **options: Any) -> None:
     """Writes [H, W] or [H, W, 3] uint8 to `path` in one step: the file is either whole or not there.
 
     `options` go to Pillow's encoder, the format follows the suffix. Raises UserError when `path` cannot be
     written.
     """
+    from PIL import Image
+
     path = pathlib.Path(path)
     handle = None
     try:
@@ -60,77 +90,146 @@ def write_image(image: Array, path: str | os.PathLike[str], **options: Any) -> N
 
 
 def resize(image: Array, height: int, width: int, method: Method = "area") -> Array:
-    """`image` [H, W] or [H, W, C] at (height, width), same dtype; integers are rounded and clipped to uint8.
+    """`image` [H, W] or [H, W, C] at (height, width), same dtype; uint8 is rounded and clipped.
 
-    The three rules are OpenCV's, so that numbers agree with pipelines built on it (to one grey level): 'area'
-    averages the covered source pixels when shrinking (INTER_AREA; when either side grows, OpenCV's linear
-    blend of the two nearest cells), 'bilinear' samples at half-pixel centres without smoothing
+    'area', 'bilinear' and 'nearest' are OpenCV's, so that numbers agree with pipelines built on it (to one
+    grey level): 'area' averages the covered source pixels when shrinking (INTER_AREA; when either side grows,
+    OpenCV's linear blend of the two nearest cells), 'bilinear' samples at half-pixel centres without smoothing
     (INTER_LINEAR), 'nearest' takes the source pixel floor(i * H / height) (INTER_NEAREST; any dtype, bool
-    too).
+    too). 'lanczos' is Pillow's windowed sinc of three lobes, widened when shrinking.
     """
     if height < 1 or width < 1:
         raise ValueError(f"resize: found size {height}x{width}, expected at least 1x1")
-    if image.shape[:2] == (height, width):
-        return image.copy()
+    rows, columns = image.shape[:2]
     if method == "nearest":
-        rows = np.minimum(np.arange(height) * image.shape[0] // height, image.shape[0] - 1)
-        columns = np.minimum(np.arange(width) * image.shape[1] // width, image.shape[1] - 1)
-        return image[rows[:, None], columns[None, :]]
-    if method not in ("area", "bilinear"):
-        raise ValueError(f"resize: found method {method!r}, expected 'area', 'bilinear' or 'nearest'")
+        return image[np.arange(height) * rows // height][:, np.arange(width) * columns // width]
+    if method not in ("area", "bilinear", "lanczos"):
+        raise ValueError(f"resize: found method {method!r}, expected 'area', 'bilinear', 'lanczos' or 'nearest'")
     if image.dtype != np.uint8 and not np.issubdtype(image.dtype, np.floating):
         raise ValueError(f"resize: found {image.dtype}, expected uint8 or a float type for method {method!r}")
-    shrinks = height <= image.shape[0] and width <= image.shape[1]
-    weights = _linear_weights if method == "bilinear" else _area_weights if shrinks else _grown_area_weights
-    # Two small matrix products: each output row is a weighted mean of source rows, then the same for columns.
-    result = np.tensordot(weights(image.shape[0], height), image.astype(np.float64), axes=(1, 0))
-    result = np.moveaxis(np.tensordot(weights(image.shape[1], width), result, axes=(1, 1)), 0, 1)
-    if image.dtype == np.uint8:
-        # OpenCV rounds halves to even, except in its own path for exact halving, which rounds them up.
-        halved = method == "area" and image.shape[:2] == (2 * height, 2 * width)
-        return np.clip(np.floor(result + 0.5) if halved else np.rint(result), 0, 255).astype(np.uint8)
-    return result.astype(image.dtype)
+    if (rows, columns) == (height, width):
+        return image.copy()
+    if method == "lanczos":
+        return _lanczos(image, height, width)
+    result: Array = image.astype(np.float64)
+    if method == "area" and (height > rows or width > columns):
+        result = _grow_area(_grow_area(result, 0, height), 1, width)
+    else:
+        result = resample(resample(result, 0, 0, rows, height, method), 1, 0, columns, width, method)
+    # OpenCV rounds halves to even, except in its own path for exact halving, which rounds them up.
+    halved = method == "area" and (rows, columns) == (2 * height, 2 * width)
+    return to_dtype(result if halved or image.dtype != np.uint8 else np.rint(result), image.dtype)
 
 
-def _area_weights(size: int, new: int) -> Array:
-    """[new, size]: row i holds the share of source cell j inside [i, i+1) * size / new."""
-    scale = size / new
-    starts = np.arange(new)[:, None] * scale
-    cells = np.arange(size)[None, :]
-    overlap = np.minimum(cells + 1, starts + scale) - np.maximum(cells, starts)
-    return np.maximum(overlap, 0.0) / scale
+def to_dtype(image: Array, dtype: np.dtype[Any]) -> Array:
+    """Float values as `dtype`; for integers rounded, halves up, and clipped to its range."""
+    if np.issubdtype(dtype, np.integer):
+        limits = np.iinfo(dtype)
+        return np.clip(np.floor(image + 0.5), limits.min, limits.max).astype(dtype)
+    return image.astype(dtype)
 
 
-def _linear_weights(size: int, new: int) -> Array:
-    """[new, size]: linear interpolation at half-pixel centres, borders repeated."""
-    place = np.clip((np.arange(new) + 0.5) * size / new - 0.5, 0, size - 1)
-    low = np.floor(place).astype(int)
-    return _two_taps(size, low, place - low)
+def resample(
+    image: Array,
+    axis: int,
+    start: float,
+    stop: float,
+    n: int,
+    method: Literal["area", "bilinear"],
+    whole: bool = False,
+) -> Array:
+    """The stretch [start, stop) of `axis` (0 or 1) of float `image`, in pixels, as `n` samples.
 
-
-def _grown_area_weights(size: int, new: int) -> Array:
-    """[new, size]: what OpenCV's INTER_AREA does when a side grows: blends only where a cell border is
-    crossed.
+    'area' gives means over the samples' areas, 'bilinear' values at their centres. With `whole`, pixels that
+    lie only partly in the stretch are left out whenever it holds whole ones.
     """
-    low = np.arange(new) * size // new
-    share = np.arange(1, new + 1) - (low + 1) * new / size
-    return _two_taps(size, low, np.where(share <= 0, 0.0, share - np.floor(share)))
+    edges = start + (stop - start) * np.arange(n + 1) / n
+    low, high = 0.0, float(image.shape[axis])
+    if whole:
+        # Rounding of padding * scale must not turn an exact edge into a fractional one.
+        inside = math.ceil(start - 1e-9), math.floor(stop + 1e-9)
+        low, high = inside if inside[1] > inside[0] else (math.floor(start), math.ceil(stop))
+    if method == "area":
+        return _means(image, axis, np.clip(edges, low, high))
+    centres = np.clip((edges[:-1] + edges[1:]) / 2, low + 0.5, high - 0.5) - 0.5
+    return _interpolate(image, axis, centres)
 
 
-def _two_taps(size: int, low: Array, share: Array) -> Array:
-    weights = np.zeros((len(low), size))
-    rows = np.arange(len(low))
-    weights[rows, low] += 1 - share
-    weights[rows, np.minimum(low + 1, size - 1)] += share
-    return weights
+def _interpolate(image: Array, axis: int, places: Array) -> Array:
+    last = image.shape[axis] - 1
+    first = np.clip(np.floor(places).astype(int), 0, last)
+    share = np.clip(places - first, 0.0, 1.0).reshape((-1,) + (1,) * (image.ndim - axis - 1))
+    following = np.take(image, np.minimum(first + 1, last), axis)
+    return np.take(image, first, axis) * (1 - share) + following * share
 
 
-def _open(path: str | os.PathLike[str]) -> Image.Image:
+def _means(image: Array, axis: int, edges: Array) -> Array:
+    """Means over [edges[i], edges[i + 1]), from differences of the running integral."""
+    widths = np.diff(edges)
+    total = np.concatenate([np.zeros_like(np.take(image, [0], axis)), np.cumsum(image, axis)], axis)
+    integral = _interpolate(total, axis, edges)
+    shape = (-1,) + (1,) * (image.ndim - axis - 1)
+    empty = widths < 1e-9
+    means = np.diff(integral, axis=axis) / np.where(empty, 1.0, widths).reshape(shape)
+    if not empty.any():
+        return means
+    # A pixel that lies wholly in a clipped margin takes the nearest whole canvas pixel.
+    places = np.clip((edges[:-1] + edges[1:]) / 2, edges[0] + 0.5, edges[-1] - 0.5) - 0.5
+    return np.where(empty.reshape(shape), _interpolate(image, axis, places), means)
+
+
+def _grow_area(image: Array, axis: int, n: int) -> Array:
+    # OpenCV does not average when a side grows: it blends two neighbours, and only in the output pixel that
+    # straddles their border.
+    size = image.shape[axis]
+    first = np.arange(n) * size // n
+    share = (np.arange(n) + 1) - (first + 1) * n / size
+    share = np.where(share <= 0, 0.0, share - np.floor(share))
+    return _interpolate(image, axis, first + share)
+
+
+def _lanczos(image: Array, height: int, width: int) -> Array:
+    from PIL import Image
+
+    if image.dtype == np.uint8 and (image.ndim == 2 or image.shape[2] == 3):
+        return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
+    planes = image[:, :, None] if image.ndim == 2 else image
+    resized = [
+        np.asarray(
+            Image.fromarray(np.ascontiguousarray(planes[:, :, c], np.float32)).resize(
+                (width, height), Image.Resampling.LANCZOS
+            )
+        )
+        for c in range(planes.shape[2])
+    ]
+    result = resized[0] if image.ndim == 2 else np.stack(resized, axis=2)
+    return to_dtype(result, image.dtype)
+
+
+def _opened(path: PathLike) -> PIL.Image.Image:
+    from PIL import Image, UnidentifiedImageError
+
     try:
-        with Image.open(path) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such picture") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        image = Image.open(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such picture") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: not a picture in a known format") from None
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path}: not a readable picture ({error})") from error
+    if image.height * image.width > MAX_PIXELS:
+        image.close()
+        raise UserError(f"{path}: found {image.height}x{image.width} pixels, expected at most {MAX_PIXELS:,}")
+    return image
+
+
+def _upright(image: PIL.Image.Image, path: PathLike) -> PIL.Image.Image:
+    from PIL import ImageOps
+
+    try:
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: truncated or damaged picture ({error})") from error

@@ -283,7 +283,7 @@ def test_damaged_inputs_are_named(world, tmp_path):
     shutil.copytree(world, tmp_path / "world")
     picture = tmp_path / "world" / "pictures" / "half" / "ellipses" / "right" / "0_1in2.png"
     picture.write_bytes(picture.read_bytes()[:60])
-    with pytest.raises(UserError, match="0_1in2.png: not a readable picture"):
+    with pytest.raises(UserError, match="0_1in2.png: truncated or damaged picture"):
         run(tmp_path / "world", tmp_path / "out", ["half"])
     mask = min((tmp_path / "world" / "birds" / "masks" / "0020").iterdir())
     write_image(np.zeros((9, 9), np.uint8), mask)

@@ -1,22 +1,19 @@
 """How a picture gets onto the model's square canvas and back: crop, pad, resize, as one invertible value.
 
 Sizes and boxes are (height, width) and (top, left, bottom, right) everywhere; boxes are half-open, so that
-``bottom - top`` is the height and a box round a mask holds the whole bird. Needs numpy only; Pillow is
-imported by the Lanczos filter.
+``bottom - top`` is the height and a box round a mask holds the whole bird.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 
 from nabla_jax.errors import UserError
+from nabla_jax.images import Array, Method, resample, resize, to_dtype
 
-Array = np.ndarray[Any, Any]
 Box = tuple[int, int, int, int]
-Filter = Literal["area", "bilinear", "lanczos", "nearest"]
 
 MIN_MASK_PIXELS = 10
 """A mask of fewer pixels says nothing about where the bird is; the whole picture is the subject then."""
@@ -106,7 +103,7 @@ class Placement:
         top, left = self.padding[0] * scale, self.padding[1] * scale
         return top, left, top + self.crop_size[0] * scale, left + self.crop_size[1] * scale
 
-    def apply(self, image: Array, fill: float = 255, filter: Filter = "bilinear") -> Array:
+    def apply(self, image: Array, fill: float = 255, filter: Method = "bilinear") -> Array:
         """``image`` [height, width(, C)], uint8 or float, on the canvas [size, size(, C)].
 
         The padding has the value ``fill``.
@@ -131,10 +128,10 @@ class Placement:
             raise ValueError(f"found a canvas of {image.shape[0]}x{image.shape[1]}, expected a square")
         top, left, bottom, right = self.region(image.shape[0])
         rows, columns = self.crop_size
-        kind: Filter = "area" if image.shape[0] >= self.side else "bilinear"
-        result = _resample(image.astype(np.float64), 0, top, bottom, rows, kind, whole=True)
-        result = _resample(result, 1, left, right, columns, kind, whole=True)
-        return _restore(result, image.dtype)
+        kind: Literal["area", "bilinear"] = "area" if image.shape[0] >= self.side else "bilinear"
+        result = resample(image.astype(np.float64), 0, top, bottom, rows, kind, whole=True)
+        result = resample(result, 1, left, right, columns, kind, whole=True)
+        return to_dtype(result, image.dtype)
 
     def paste(self, image: Array, picture: Array) -> Array:
         """``picture`` [height, width(, C)] with its box replaced by the inverse of the canvas ``image``."""
@@ -170,104 +167,3 @@ class Placement:
 def _four(values: tuple[int, ...]) -> Box:
     top, left, bottom, right = values
     return top, left, bottom, right
-
-
-def resize(image: Array, height: int, width: int, filter: Filter = "bilinear") -> Array:
-    """``image`` [H, W(, C)], uint8 or floating, resampled to (height, width); same dtype, uint8 is rounded.
-
-    'bilinear': two taps at half-pixel centres, no smoothing when shrinking (cv2.INTER_LINEAR).
-    'area': mean over each output pixel's area when shrinking; when a side grows, cv2.INTER_AREA's two-tap
-    rule. 'lanczos': Pillow's windowed sinc of three lobes, widened when shrinking. 'nearest': source index
-    floor(i H / height) (cv2.INTER_NEAREST).
-    """
-    if height < 1 or width < 1:
-        raise ValueError(f"found size {height}x{width}, expected at least 1x1")
-    if image.dtype == bool:
-        raise ValueError("found a bool picture, expected uint8 or a float type")
-    rows, columns = image.shape[:2]
-    if (rows, columns) == (height, width):
-        return image.copy()
-    if filter == "nearest":
-        return image[np.arange(height) * rows // height][:, np.arange(width) * columns // width]
-    if filter == "lanczos":
-        return _lanczos(image, height, width)
-    if filter not in ("area", "bilinear"):
-        raise ValueError(f"found filter {filter!r}, expected area, bilinear, lanczos or nearest")
-    result: Array = image.astype(np.float64)
-    if filter == "area" and (height > rows or width > columns):
-        result = _grow_area(_grow_area(result, 0, height), 1, width)
-    else:
-        result = _resample(_resample(result, 0, 0, rows, height, filter), 1, 0, columns, width, filter)
-    return _restore(result, image.dtype)
-
-
-def _restore(image: Array, dtype: np.dtype[Any]) -> Array:
-    if np.issubdtype(dtype, np.integer):
-        limits = np.iinfo(dtype)
-        return np.clip(np.floor(image + 0.5), limits.min, limits.max).astype(dtype)
-    return image.astype(dtype)
-
-
-def _resample(image: Array, axis: int, start: float, stop: float, n: int, kind: Filter, whole: bool = False) -> Array:
-    """The stretch [start, stop) of ``axis``, in pixels, as ``n`` samples."""
-    edges = start + (stop - start) * np.arange(n + 1) / n
-    low, high = 0.0, float(image.shape[axis])
-    if whole:
-        # Rounding of padding * scale must not turn an exact edge into a fractional one.
-        inside = math.ceil(start - 1e-9), math.floor(stop + 1e-9)
-        low, high = inside if inside[1] > inside[0] else (math.floor(start), math.ceil(stop))
-    if kind == "area":
-        return _means(image, axis, np.clip(edges, low, high))
-    centres = np.clip((edges[:-1] + edges[1:]) / 2, low + 0.5, high - 0.5) - 0.5
-    return _interpolate(image, axis, centres)
-
-
-def _interpolate(image: Array, axis: int, places: Array) -> Array:
-    last = image.shape[axis] - 1
-    first = np.clip(np.floor(places).astype(int), 0, last)
-    share = np.clip(places - first, 0.0, 1.0).reshape((-1,) + (1,) * (image.ndim - axis - 1))
-    following = np.take(image, np.minimum(first + 1, last), axis)
-    return np.take(image, first, axis) * (1 - share) + following * share
-
-
-def _means(image: Array, axis: int, edges: Array) -> Array:
-    """Means over [edges[i], edges[i + 1]), from differences of the running integral."""
-    widths = np.diff(edges)
-    total = np.concatenate([np.zeros_like(np.take(image, [0], axis)), np.cumsum(image, axis)], axis)
-    integral = _interpolate(total, axis, edges)
-    shape = (-1,) + (1,) * (image.ndim - axis - 1)
-    empty = widths < 1e-9
-    means = np.diff(integral, axis=axis) / np.where(empty, 1.0, widths).reshape(shape)
-    if not empty.any():
-        return means
-    # A pixel that lies wholly in a clipped margin takes the nearest whole canvas pixel.
-    places = np.clip((edges[:-1] + edges[1:]) / 2, edges[0] + 0.5, edges[-1] - 0.5) - 0.5
-    return np.where(empty.reshape(shape), _interpolate(image, axis, places), means)
-
-
-def _grow_area(image: Array, axis: int, n: int) -> Array:
-    # OpenCV does not average when a side grows: it blends two neighbours, and only in the output pixel that
-    # straddles their border.
-    size = image.shape[axis]
-    first = np.arange(n) * size // n
-    share = (np.arange(n) + 1) - (first + 1) * n / size
-    share = np.where(share <= 0, 0.0, share - np.floor(share))
-    return _interpolate(image, axis, first + share)
-
-
-def _lanczos(image: Array, height: int, width: int) -> Array:
-    from PIL import Image
-
-    if image.dtype == np.uint8 and (image.ndim == 2 or image.shape[2] == 3):
-        return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
-    planes = image[:, :, None] if image.ndim == 2 else image
-    resized = [
-        np.asarray(
-            Image.fromarray(np.ascontiguousarray(planes[:, :, c], np.float32)).resize(
-                (width, height), Image.Resampling.LANCZOS
-            )
-        )
-        for c in range(planes.shape[2])
-    ]
-    result = resized[0] if image.ndim == 2 else np.stack(resized, axis=2)
-    return _restore(result, image.dtype)

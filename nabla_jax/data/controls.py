@@ -1,37 +1,19 @@
 """Reading pictures and masks, and making the model's inputs from them: one geometry for every command."""
 
 import dataclasses
-import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
+from nabla_jax import images
 from nabla_jax.conditioning.geometry import Placement
 from nabla_jax.errors import UserError
+from nabla_jax.images import Array, PathLike
 
-Array = np.ndarray[Any, Any]
-PathLike = str | os.PathLike[str]
-
-MAX_PIXELS = 80_000_000
-"""Refused above this, before decoding: a small file can hold a picture that fills the memory."""
-
-_ORIENTATION = 0x0112  # EXIF tag; 5 to 8 exchange height and width
 WHITE = 255
 
-
-def read_image(path: PathLike) -> Array:
-    """The picture as [H, W, 3] uint8 RGB, turned upright by its EXIF orientation.
-
-    Raises UserError naming the file when it is missing, truncated, no picture, too large, or of more than 8
-    bits.
-    """
-    with _opened(path) as image:
-        if image.mode.startswith(("I", "F")):
-            raise UserError(f"{path}: found {image.mode} pixels of more than 8 bits, expected an 8-bit picture")
-        return np.asarray(_upright(image, path).convert("RGB"))
+read_image = images.read_rgb
+picture_size = images.picture_size
 
 
 def read_mask(path: PathLike, height: int, width: int) -> Array:
@@ -39,52 +21,10 @@ def read_mask(path: PathLike, height: int, width: int) -> Array:
 
     Raises UserError naming the file when it cannot be read, has another size than its picture, or is empty.
     """
-    with _opened(path) as image:
-        mask = np.asarray(_upright(image, path).convert("L")) > 127
-    if mask.shape != (height, width):
-        raise UserError(
-            f"{path}: mask is {mask.shape[0]}x{mask.shape[1]} (height x width), expected {height}x{width}, "
-            "the size of its picture"
-        )
+    mask = images.read_mask(path, (height, width))
     if not mask.any():
         raise UserError(f"{path}: mask is empty, expected foreground pixels above 127")
     return mask
-
-
-def picture_size(path: PathLike) -> tuple[int, int]:
-    """(height, width) of the upright picture, from its header alone. Raises UserError like ``read_image``."""
-    with _opened(path) as image:
-        rows, columns = image.height, image.width
-        try:
-            turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{path}: not a readable picture ({error})") from error
-    return (columns, rows) if turned else (rows, columns)
-
-
-def _opened(path: PathLike) -> Image.Image:
-    try:
-        image = Image.open(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such picture") from None
-    except UnidentifiedImageError:
-        raise UserError(f"{path}: not a picture in a known format") from None
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: {error}") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: not a readable picture ({error})") from error
-    if image.height * image.width > MAX_PIXELS:
-        image.close()
-        raise UserError(f"{path}: found {image.height}x{image.width} pixels, expected at most {MAX_PIXELS:,}")
-    return image
-
-
-def _upright(image: Image.Image, path: PathLike) -> Image.Image:
-    try:
-        image.load()
-        return ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: truncated or damaged picture ({error})") from error
 
 
 def fill_control(image: Array, mask: Array) -> Array:
@@ -141,5 +81,5 @@ def latent_mask(mask: Array, size: int, factor: int = 8) -> Array:
 
 def read_pair(image: PathLike, mask: PathLike) -> tuple[Array, Array]:
     """A picture [H, W, 3] uint8 and its mask [H, W] bool. Raises UserError like the two readers."""
-    pixels = read_image(Path(image))
-    return pixels, read_mask(Path(mask), *pixels.shape[:2])
+    pixels = read_image(image)
+    return pixels, read_mask(mask, *pixels.shape[:2])

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from nabla_jax.conditioning.geometry import Placement, clip_box, mask_box, resize
+from nabla_jax.conditioning.geometry import Placement, clip_box, mask_box
 from nabla_jax.errors import UserError
+from nabla_jax.images import resize
 
 SIZES = [
     (1, 1),

@@ -158,7 +158,7 @@ def test_bad_files_give_one_line(tmp_path):
     for name, words in [
         ("none.png", "no such"),
         ("broken.png", "not a readable"),
-        ("short.png", "not a readable"),
+        ("short.png", "truncated or damaged"),
     ]:
         with pytest.raises(UserError, match=words) as caught:
             read_rgb(tmp_path / name)
