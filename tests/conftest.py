@@ -1,6 +1,7 @@
 """Settings of the whole suite: CPU, a persistent compilation cache, no silent skips, no unread golden."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ for _name, _value in {
     "OMP_NUM_THREADS": "1",
 }.items():
     os.environ.setdefault(_name, _value)
+
+# A shell that starts the suite in the background makes it ignore SIGINT, and so would every command under test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _refused: list[str] = []
 
