@@ -24,6 +24,7 @@ from nabla_jax.conditioning.text import encode_prompts
 from nabla_jax.config import Conditioning, Sample
 from nabla_jax.data import controls
 from nabla_jax.errors import UserError
+from nabla_jax.hashing import file_sha256
 from nabla_jax.models import flux, layers
 from nabla_jax.models.autoencoder import unscale
 from nabla_jax.parallel import mesh as meshes
@@ -231,7 +232,7 @@ def load(
         base_path=folder,
         base_sha256=base_sha256,
         adapter_path=adapter_path,
-        adapter_sha256=adapter_files.file_sha256(adapter_path) if adapter_path else None,
+        adapter_sha256=file_sha256(adapter_path) if adapter_path else None,
         sampler=reposing.make_sampler(method),
         encode=make_encoder(vae),
         decode=make_decoder(vae),

@@ -39,6 +39,7 @@ from nabla_jax.data.dataset import class_index
 from nabla_jax.data.loader import MANIFEST, SCHEMA, TEXT, shard_name
 from nabla_jax.data.records import RecordReader, encode_record, write_shard
 from nabla_jax.errors import UserError
+from nabla_jax.hashing import file_sha256
 
 Array = np.ndarray[Any, Any]
 T = TypeVar("T")
@@ -112,19 +113,14 @@ def compile_encoder(vae: Any) -> Callable[[Array], Array]:
 
 
 def hash_folder(folder: Path) -> str:
-    """sha256 over the names and contents of a folder's files."""
+    """sha256 over the names and contents of all files of a folder, configs and tokenizers too.
+
+    Unlike ``pipeline.folder_hash``, which is of the weights alone.
+    """
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{_hash_file(path)}\n".encode())
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{file_sha256(path)}\n".encode())
     return digest.hexdigest()
-
-
-def _hash_file(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -203,7 +199,7 @@ def check(examples: Sequence[Example], pool: ThreadPoolExecutor) -> str:
 def _check_one(example: Example) -> str:
     assert example.mask is not None
     controls.read_mask(example.mask, *controls.picture_size(example.image))
-    return f"{_hash_file(example.image)} {_hash_file(example.mask)}"
+    return f"{file_sha256(example.image)} {file_sha256(example.mask)}"
 
 
 def _decode_all(examples: Sequence[Example], pool: ThreadPoolExecutor) -> None:

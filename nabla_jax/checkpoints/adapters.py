@@ -6,10 +6,8 @@ file without it is read with alpha = rank, which is what diffusers assumes.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -136,9 +134,3 @@ def _abstract(path: Any, header: Header, base: Params, rank: int, stacked: tuple
         first = next(iter(header.tensors), "none")
         raise UserError(f"{path}: no tensor named {_ROOT}.<module>.lora_A.weight for this base, found e.g. {first}")
     return tree
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """Hex sha256 of a file's bytes."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

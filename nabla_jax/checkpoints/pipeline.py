@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 
 from nabla_jax.checkpoints.safetensors_io import Table, load_tree, read_header, save_tree
 from nabla_jax.errors import UserError
+from nabla_jax.hashing import file_sha256
 from nabla_jax.models import clip, flux, layers, t5
 from nabla_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 
@@ -201,9 +202,7 @@ def folder_hash(folder: StrPath) -> str:
     total = hashlib.sha256()
     for part in parts:
         for file in read_header(part).files:
-            with file.open("rb") as stream:
-                content = hashlib.file_digest(stream, "sha256").hexdigest()
-            total.update(f"{part.name}/{file.name} {file.stat().st_size} {content}\n".encode())
+            total.update(f"{part.name}/{file.name} {file.stat().st_size} {file_sha256(file)}\n".encode())
     return total.hexdigest()
 
 

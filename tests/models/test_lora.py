@@ -16,10 +16,10 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from nabla_jax.checkpoints import adapters as files
 from nabla_jax.checkpoints import pipeline
 from nabla_jax.checkpoints.adapters import AdapterMetadata, load_adapter, save_adapter
 from nabla_jax.errors import UserError
+from nabla_jax.hashing import file_sha256
 from nabla_jax.models import flux, layers, lora
 from nabla_jax.models.flux import Flux, FluxConfig
 from nabla_jax.models.lora import Adapter
@@ -227,4 +227,4 @@ def test_adapter_files_that_do_not_fit_the_base(adapted, base, tmp_path: Path) -
     save_file({"unet.down.lora_A.weight": np.zeros((4, 4), np.float32)}, other)
     with pytest.raises(UserError, match="for this base"):
         load_adapter(other, component.params, stacked=flux.STACKED)
-    assert files.file_sha256(path) != files.file_sha256(other)
+    assert file_sha256(path) != file_sha256(other)
