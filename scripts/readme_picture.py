@@ -1,6 +1,6 @@
 """Makes docs/images/repose.png with the shipped adapter: subject, control, target's place, result, right answer.
 
-    python scripts/readme_picture.py --world data/toybirds/nabirds --adapter asset:toy-omk-fill
+python scripts/readme_picture.py --world data/toybirds/nabirds --adapter asset:toy-omk-fill
 """
 
 import argparse
