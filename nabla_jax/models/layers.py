@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 Params = dict[str, Any]
 M = TypeVar("M", bound=nnx.Module)
@@ -212,8 +212,3 @@ class GroupNorm(nnx.Module):
         y = y.reshape(b, c, h, w)
         weight, bias = self.weight[...].astype(jnp.float32), self.bias[...].astype(jnp.float32)
         return (y * weight[:, None, None] + bias[:, None, None]).astype(x.dtype)
-
-
-def as_float32(x: ArrayLike) -> jax.Array:
-    """The value as a float32 array."""
-    return jnp.asarray(x, jnp.float32)

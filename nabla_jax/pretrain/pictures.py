@@ -5,7 +5,6 @@ import dataclasses
 import importlib
 import json
 import multiprocessing
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nabla_jax.errors import UserError
+from nabla_jax.runs import write_json
 
 _CHUNK = 250
 
@@ -85,7 +85,7 @@ def render(config: PictureConfig, folder: Path, workers: int) -> Pictures:
         if found != settings:
             raise UserError(f"{described}: found {found}, expected {settings}; choose another folder or remove it")
     else:
-        _write(described, settings)
+        write_json(described, settings)
     n, side = config.identities, config.size
     pictures = _memmap(folder / "pictures.npy", np.uint8, (n, 2, side, side, 3))
     masks = _memmap(folder / "masks.npy", np.bool_, (n, 2, side, side))
@@ -104,7 +104,7 @@ def render(config: PictureConfig, folder: Path, workers: int) -> Pictures:
                 masks[start : start + len(rgb)] = mask
                 pictures.flush()
                 masks.flush()
-                _write(folder / f"captions-{start:07d}.json", captions)
+                write_json(folder / f"captions-{start:07d}.json", captions)
                 bar.update(len(rgb))
     chunks = [json.loads((folder / f"captions-{s:07d}.json").read_text()) for s in range(0, n, _CHUNK)]
     captions = [(first, second) for chunk in chunks for first, second in chunk]
@@ -115,9 +115,3 @@ def _memmap(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
     if path.exists():
         return np.lib.format.open_memmap(path, mode="r+")
     return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-
-
-def _write(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value))
-    temporary.replace(path)

@@ -23,7 +23,7 @@ import optax
 
 from nabla_jax import runs
 from nabla_jax.conditioning import omini
-from nabla_jax.flow.path import pack
+from nabla_jax.flow.path import interpolate, logit_normal_time, pack, velocity
 from nabla_jax.models import layers
 from nabla_jax.models.flux import Flux, FluxConfig
 from nabla_jax.models.layers import Params
@@ -203,8 +203,8 @@ def loss(
     b, _, h, w = target.shape
     x0 = pack(target)
     x1 = jax.random.normal(noise_key, x0.shape)
-    t = jax.nn.sigmoid(jax.random.normal(time_key, (b,)))
-    xt = (1 - t[:, None, None]) * x0 + t[:, None, None] * x1
+    t = logit_normal_time(time_key, (b,))
+    xt = interpolate(x0, x1, t)
     guidance = jax.random.uniform(guidance_key, (b,), minval=settings.guidance[0], maxval=settings.guidance[1])
     prompt, pooled = encode_text(params["text"], batch["t5"], batch["clip"])
     if task == "caption":
@@ -217,8 +217,8 @@ def loss(
     branches = omini.native(
         prompt, pooled, xt, omini.grid_ids(h // 2, w // 2), t, guidance=guidance, references=references
     )
-    velocity = layers.bind(graphdef, params["transformer"])(branches)[:, : x0.shape[1]]
-    error = jnp.mean((velocity - (x1 - x0)) ** 2, axis=-1)
+    predicted = layers.bind(graphdef, params["transformer"])(branches)[:, : x0.shape[1]]
+    error = jnp.mean((predicted - velocity(x0, x1)) ** 2, axis=-1)
     weight = 1 + (settings.bird_weight - 1) * batch["cover"]
     weighted = jnp.sum(error * weight) / jnp.sum(weight)
     return weighted, {"bird": jnp.sum(error * batch["cover"]) / jnp.sum(batch["cover"])}
