@@ -88,6 +88,8 @@ class Train:
     remat: str = "full"
     guidance: float = 1.0
     sampler: str = "all_pairs"
+    time_mean: float = 0.0  # of the logit of the training times; above 0 favours noise, where the subject matters
+    foreground_weight: float = 1.0  # of the loss on the target's bird against its surroundings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,7 +395,7 @@ def _check_ranges(config: Config, where: str) -> None:
             raise UserError(f"{where}: {key}: found {flat[key]!r}, expected one of {', '.join(choices)}")
     positive = (
         "conditioning.size conditioning.text_length lora.rank lora.alpha optim.lr optim.d0 optim.clip "
-        "train.steps train.batch train.log_every train.save_every sample.steps sample.batch"
+        "train.steps train.batch train.log_every train.save_every train.foreground_weight sample.steps sample.batch"
     )
     for key in positive.split():
         if not flat[key] > 0:

@@ -104,27 +104,32 @@ def _tokens(method: Method, moments: jax.Array, seed: int | jax.Array, numbers: 
 
 
 def loss(
-    method: Method, adapters: Adapters, base: layers.Params, batch: Batch, *, seed: int, guidance: float
-) -> jax.Array:
+    method: Method, adapters: Adapters, base: layers.Params, batch: Batch, *, seed: int, guidance: float,
+    time_mean: float = 0.0, foreground_weight: float = 1.0,
+) -> jax.Array:  # fmt: skip
     """Mean squared error of the velocity at a random point of each sample's path; float32 scalar.
 
     Args:
       batch: ``target``, ``subject``, ``control`` VAE moments [B, 2C, h, w]; ``prompt_embeds`` [B, T, E];
-        ``pooled`` [B, P]; ``sample`` [B], the numbers that every draw is folded with.
+        ``pooled`` [B, P]; ``mask`` [B, h, w], the target's foreground coverage in [0, 1]; ``sample`` [B], the numbers
+        that every draw is folded with.
       seed: of the run.
       guidance: scale on text and noise.
+      time_mean: mean of the logit of the times; the reference system has 0.
+      foreground_weight: weight of tokens that show the bird; the reference system has 1.
     """
     numbers = batch["sample"]
     height, width = batch["target"].shape[-2:]
     x0 = _tokens(method, batch["target"], seed, numbers, draws.TARGET_LATENT)
     x1 = draws.normal(draws.keys(seed, numbers, draws.NOISE), x0.shape[1:])
-    time = jax.vmap(flow.logit_normal_time)(draws.keys(seed, numbers, draws.TIME))
+    time = jax.vmap(lambda key: flow.logit_normal_time(key, mean=time_mean))(draws.keys(seed, numbers, draws.TIME))
     subject, control = condition_tokens(method, batch["subject"], batch["control"], seed, numbers)
     noisy = flow.interpolate(x0, x1, time)
     text = (batch["prompt_embeds"], batch["pooled"])
     grid = (height // flow.path.PATCH, width // flow.path.PATCH)
     prediction = predict(method, base, adapters, noisy, time, subject, control, text, guidance, grid)
-    return flow.velocity_loss(prediction, x0, x1)
+    weight = None if foreground_weight == 1 else flow.foreground_weight(batch["mask"], foreground_weight)
+    return flow.velocity_loss(prediction, x0, x1, weight)
 
 
 def sample(

@@ -30,7 +30,7 @@ from nabla_jax.prepare import captions_of, hash_folder
 State = dict[str, Any]
 Values = dict[str, jax.Array]
 # What the compiled step reads of a batch; the rest stays on the host.
-BATCH_KEYS = ("target", "subject", "control", "prompt_embeds", "pooled", "sample")
+BATCH_KEYS = ("target", "subject", "control", "mask", "prompt_embeds", "pooled", "sample")
 
 
 def load_method(config: Config, sharding: NamedSharding) -> tuple[reposing.Method, layers.Params]:
@@ -100,7 +100,11 @@ def make_step(
 
     def objective(trees: dict[str, layers.Params], base: layers.Params, batch: reposing.Batch) -> jax.Array:
         adapters = {name: Adapter(tree, scale) for name, tree in trees.items()}
-        return reposing.loss(method, adapters, base, batch, seed=config.train.seed, guidance=config.train.guidance)
+        train = config.train
+        return reposing.loss(
+            method, adapters, base, batch, seed=train.seed, guidance=train.guidance, time_mean=train.time_mean,
+            foreground_weight=train.foreground_weight,
+        )  # fmt: skip
 
     def step(state: State, base: layers.Params, batch: reposing.Batch) -> tuple[State, Values]:
         loss, gradients = jax.value_and_grad(objective)(state["adapters"], base, batch)
@@ -229,7 +233,7 @@ class SampleSheet:
         scale = initial_adapter_scale(self._config)
         adapters = {name: Adapter(tree, scale) for name, tree in trees.items()}
         reposer = dataclasses.replace(self._reposer, adapters=adapters)
-        inputs = {k: np.asarray(self._batch[k]) for k in BATCH_KEYS if k != "target"}
+        inputs = {k: np.asarray(self._batch[k]) for k in BATCH_KEYS if k not in ("target", "mask")}
         inputs["sample"] = inputs["sample"].astype(np.uint32)
         columns = [self._decode_mean(reposer, self._batch[name]) for name in ("subject", "control", "target")]
         columns.append(reposer.draw(inputs, dataclasses.replace(self._config.sample, batch=count)))

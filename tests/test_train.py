@@ -1,5 +1,6 @@
 """Training on a tiny random base: continuing, stopping, exporting, and refusing what does not fit."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -203,6 +204,43 @@ def test_loss_is_the_mean_of_its_samples_in_any_order() -> None:
     assert np.isclose(whole, rows(3, 1, 0, 2), rtol=1e-5)
     assert np.isclose(whole, (rows(0, 1) + rows(2, 3)) / 2, rtol=1e-5)
     assert not np.isclose(rows(0, 1), rows(2, 3), rtol=1e-5)
+
+
+def test_loss_of_foreground_and_background_make_up_the_whole() -> None:
+    config = fixtures.config(fixtures.prepared_root())
+    mesh = meshes.data_mesh()
+    method, base = training.load_method(config, meshes.replicated(mesh))
+    batch = training.device_batch(next(make_loader(config.data.prepared, "all_pairs", 1, 7)), mesh)
+    # Whole tokens only, so that foreground and background share none.
+    mask = jnp.round(jnp.repeat(jnp.repeat(batch["mask"][:, ::2, ::2], 2, 1), 2, 2))
+
+    def loss(mask: jax.Array, weight: float) -> float:
+        given = {**batch, "mask": mask}
+        return float(reposing.loss(method, {}, base, given, seed=3, guidance=1.0, foreground_weight=weight))
+
+    method = dataclasses.replace(method, adapter=None)
+    share = float(mask.mean())
+    assert 0 < share < 1
+    parts = share * loss(mask, 1e7) + (1 - share) * loss(1 - mask, 1e7)
+    assert np.isclose(parts, loss(mask, 1.0), rtol=1e-4)
+    assert np.isclose(loss(mask, 3.0), loss(mask, 1.0), rtol=0.5) and loss(mask, 3.0) != loss(mask, 1.0)
+
+
+def test_a_high_time_mean_trains_on_noise_alone() -> None:
+    config = fixtures.config(fixtures.prepared_root())
+    mesh = meshes.data_mesh()
+    method, base = training.load_method(config, meshes.replicated(mesh))
+    method = dataclasses.replace(method, adapter=None)
+    batch = training.device_batch(next(make_loader(config.data.prepared, "all_pairs", 2, 7)), mesh)
+
+    def objective(target: jax.Array) -> jax.Array:
+        given = {**batch, "target": target}
+        return reposing.loss(method, {}, base, given, seed=3, guidance=1.0, time_mean=100.0)
+
+    # At time 1 the model sees noise only: the loss is quadratic in the target, with the curvature of a constant guess.
+    step = jnp.ones_like(batch["target"]).at[:, batch["target"].shape[1] // 2 :].set(0)
+    values = [float(objective(batch["target"] + k * step)) for k in (-1.0, 0.0, 1.0)]
+    assert np.isclose(values[0] - 2 * values[1] + values[2], 2 * method.vae.scaling_factor**2, rtol=1e-3)
 
 
 def test_a_value_that_is_not_finite_stops_the_run() -> None:

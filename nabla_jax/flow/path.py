@@ -35,14 +35,15 @@ def velocity(x0: jax.Array, x1: jax.Array) -> jax.Array:
     return x1.astype(jnp.float32) - x0.astype(jnp.float32)
 
 
-def logit_normal_time(key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
-    """Times `sigmoid(n)` with n standard normal, float32 in (0, 1), not shifted by resolution.
+def logit_normal_time(key: jax.Array, shape: tuple[int, ...] = (), mean: float = 0.0) -> jax.Array:
+    """Times `sigmoid(mean + n)` with n standard normal, float32 in (0, 1), not shifted by resolution.
 
     Args:
         key: one random key. For draws that do not depend on the batch, `vmap` over keys folded per sample.
         shape: of the result.
+        mean: of the logit; above 0 favours noise.
     """
-    return jax.nn.sigmoid(jax.random.normal(key, shape, jnp.float32))
+    return jax.nn.sigmoid(mean + jax.random.normal(key, shape, jnp.float32))
 
 
 def velocity_loss(prediction: jax.Array, x0: jax.Array, x1: jax.Array, weight: jax.Array | None = None) -> jax.Array:

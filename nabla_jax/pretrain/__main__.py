@@ -66,7 +66,7 @@ def make_autoencoder(config: PretrainConfig, drawn: pictures.Pictures) -> dict[s
     """
     folder, output = Path(config.folder), Path(config.output)
     size, held = config.size, 2 * _HELD_OUT
-    images, masks = drawn.pictures.reshape(-1, size, size, 3), drawn.masks.reshape(-1, size, size)
+    images, masks = drawn.pictures[:, :2].reshape(-1, size, size, 3), drawn.masks.reshape(-1, size, size)
     if not (output / "vae" / "config.json").exists():
         graphdef, state = autoencoder.train(
             config.autoencoder_model, config.autoencoder, images[:-held], masks[:-held],
@@ -125,14 +125,15 @@ def model_card(config: PretrainConfig, quality: dict[str, float], reports: list[
         f"`python -m nabla_jax.pretrain --config {config.source}`; Apache-2.0. It knows the birds of",
         f"`{config.pictures.world}` only.",
         "",
-        f"- Pictures: {drawn.identities} fresh individuals, two views each, {drawn.size} x {drawn.size} pixels, seed "
-        f"{drawn.seed} of `{drawn.world}`: no benchmark's world.",
+        f"- Pictures: {drawn.identities} fresh individuals, two views each, one of them also in a stranger's coat, "
+        f"{drawn.size} x {drawn.size} pixels, seed {drawn.seed} of `{drawn.world}`: no benchmark's world.",
         f"- Autoencoder: {config.autoencoder.steps} steps of {config.autoencoder.batch}; on individuals it never saw "
         f"{quality['psnr_bird']:.2f} dB PSNR inside the bird, {quality['psnr']:.2f} dB over the picture.",
         f"- Text encoders and transformer, trained together: {steps} steps of {config.transformer.batch} "
         f"({samples:,} samples), seed {config.transformer.seed}. Tasks: caption to picture, another view of the same "
-        "individual in the noisy stream, the same picture with rectangles blanked out. Never a silhouette, never a "
-        "condition at time 0.",
+        "individual in the noisy stream, the same picture with rectangles blanked out, and both at once (the second "
+        "with rectangles blanked out or with a stranger's coat on the bird). Never a silhouette, never a condition at "
+        "time 0.",
         "- Mean loss over the last steps: "
         + ", ".join(f"{k.removesuffix('_loss')} {v:.4f}" for k, v in sorted(losses.items()) if k.endswith("_loss"))
         + ".",

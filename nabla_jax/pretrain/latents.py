@@ -26,10 +26,10 @@ def encode(
     pictures: Pictures, vae: Component, tokenizers: Tokenizers, folder: Path, *, size: int, prompt: str,
     text_length: int, clip_length: int,
 ) -> Latents:  # fmt: skip
-    """Encodes whole views and crops of the birds; finished chunks in ``folder`` are kept.
+    """Encodes whole views, crops of the birds and disguises; finished chunks in ``folder`` are kept.
 
     Args:
-      pictures: rendered pairs, [N, 2, H, W, 3].
+      pictures: rendered views and disguises, [N, 3, H, W, 3].
       vae: the autoencoder with its measured shift and scale.
       tokenizers: of the checkpoint folder being made.
       folder: where the encoded chunks are kept.
@@ -53,11 +53,11 @@ def encode(
         return np.concatenate(parts)[: len(images)]
 
     folder.mkdir(parents=True, exist_ok=True)
-    whole, crop, cover = [], [], []
+    whole, crop, cover, disguise = [], [], [], []
     with progress(len(pictures.pictures), "latents", unit="bird") as bar:
         for start in range(0, len(pictures.pictures), _CHUNK):
             path = folder / f"chunk-{start:07d}.safetensors"
-            views = pictures.pictures[start : start + _CHUNK]
+            views, disguised = np.split(pictures.pictures[start : start + _CHUNK], [2], axis=1)
             masks = pictures.masks[start : start + _CHUNK]
             if not path.exists():
                 flat, shown = views.reshape(-1, *views.shape[2:]), masks.reshape(-1, *masks.shape[2:])
@@ -69,19 +69,22 @@ def encode(
                     "whole": encode_all(flat),
                     "crop": encode_all(np.stack(birds)),
                     "cover": _cover(shown, config.factor * 2),
+                    "disguise": encode_all(disguised[:, 0]),
                 }
                 write_atomic(path, save(arrays))
             chunk = load_file(path)
             whole.append(chunk["whole"])
             crop.append(chunk["crop"])
             cover.append(chunk["cover"])
+            disguise.append(chunk["disguise"])
             bar.update(len(views))
     captions = [caption for pair in pictures.captions for caption in pair]
     clip, t5 = tokenize(tokenizers, captions, text_length, clip_length)
     plain_clip, plain_t5 = tokenize(tokenizers, [prompt], text_length, clip_length)
     black = encode_all(np.zeros((1, size, size, 3), np.uint8))[0]
     return Latents(
-        whole=_pairs(whole), crop=_pairs(crop), blank=black.astype(np.float32), cover=_pairs(cover),
+        whole=_pairs(whole), crop=_pairs(crop), disguise=np.concatenate(disguise), blank=black.astype(np.float32),
+        cover=_pairs(cover),
         t5=np.asarray(t5, np.int32).reshape(-1, 2, text_length),
         clip=np.asarray(clip, np.int32).reshape(-1, 2, np.shape(clip)[-1]),
         plain_t5=np.asarray(plain_t5, np.int32)[0], plain_clip=np.asarray(plain_clip, np.int32)[0],

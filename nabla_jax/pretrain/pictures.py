@@ -1,4 +1,7 @@
-"""Pictures for pre-training: endless pairs of views of fresh individuals, rendered once and kept as a memory map."""
+"""Pictures for pre-training: views of fresh individuals, rendered once and kept as a memory map.
+
+Each individual has two views and a disguise: the second view with the bird in a stranger's coat.
+"""
 
 import concurrent.futures
 import dataclasses
@@ -11,6 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from nabla_jax.conditioning.geometry import Placement
 from nabla_jax.errors import UserError
 from nabla_jax.runs import write_json
 
@@ -22,10 +26,10 @@ class PictureConfig:
     """What to draw.
 
     Attributes:
-      world: importable module of a world with ``fresh_pair`` and ``fresh_caption``.
+      world: importable module of a world with ``fresh_pair``, ``fresh_disguise`` and ``fresh_captions``.
       seed: the pictures' seed; unlike any benchmark world's.
       identities: number of individuals.
-      size: side of the square pictures, pixels.
+      size: side of the pictures, padded white to squares, pixels.
       pose_ranges: share of individuals drawn with each pose range, as (range, share) pairs.
       mirror_probability: chance that the second view faces the other way.
     """
@@ -40,7 +44,9 @@ class PictureConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """Rendered pairs: pictures uint8 [N, 2, H, W, 3], masks bool [N, 2, H, W], captions [N][2]."""
+    """Two views and the disguise of the second: uint8 [N, 3, H, W, 3]; the views' masks, bool [N, 2, H, W], and
+    captions [N][2]. A disguise has the mask of its view.
+    """
 
     pictures: np.ndarray
     masks: np.ndarray
@@ -64,11 +70,15 @@ def _draw(config: PictureConfig, start: int, stop: int) -> tuple[np.ndarray, np.
         spread = pose_range(config, index)
         args = (config.seed, index, config.size, 2, spread, config.mirror_probability)
         views = world.fresh_pair(*args)
-        pictures.append([v.rgb for v in views])
-        masks.append([v.mask for v in views])
+        pictures.append([_square(v.rgb, 255, config.size) for v in (*views, world.fresh_disguise(*args))])
+        masks.append([_square(v.mask, False, config.size) for v in views])
         first, second = world.fresh_captions(*args)
         captions.append((first, second))
     return np.asarray(pictures, np.uint8), np.asarray(masks, bool), captions
+
+
+def _square(picture: np.ndarray, fill: int | bool, size: int) -> np.ndarray:
+    return Placement.square(*picture.shape[:2], size).apply(picture, fill, "nearest")
 
 
 def render(config: PictureConfig, folder: Path, workers: int) -> Pictures:
@@ -87,7 +97,7 @@ def render(config: PictureConfig, folder: Path, workers: int) -> Pictures:
     else:
         write_json(described, settings)
     n, side = config.identities, config.size
-    pictures = _memmap(folder / "pictures.npy", np.uint8, (n, 2, side, side, 3))
+    pictures = _memmap(folder / "pictures.npy", np.uint8, (n, 3, side, side, 3))
     masks = _memmap(folder / "masks.npy", np.bool_, (n, 2, side, side))
     starts = [s for s in range(0, n, _CHUNK) if not (folder / f"captions-{s:07d}.json").exists()]
     if starts:

@@ -5,6 +5,8 @@ Every step has one task for its whole batch, drawn from (seed, step):
 - ``caption``: caption → picture.
 - ``reference``: another view of the same individual is in the noisy stream (index 1), as FLUX.1-Kontext reads it.
 - ``edit``: the same picture with rectangles blanked out is in the stream.
+- ``compose``: two pictures are in the stream: another view (index 1) and, with index 2, the picture itself with either
+  a stranger's coat on the bird or rectangles blanked out.
 
 The text encoders train along. Every sample depends on (seed, step) alone, so a continued run equals an unbroken one.
 """
@@ -29,7 +31,7 @@ from nabla_jax.models.flux import Flux, FluxConfig
 from nabla_jax.models.layers import Params
 from nabla_jax.pretrain.state import load_arrays, save_arrays
 
-TASKS = ("caption", "reference", "edit")
+TASKS = ("caption", "reference", "edit", "compose")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,10 @@ class Settings:
       curriculum: share of the steps during which references are aligned copies with falling probability.
       fixed_caption: share of samples whose caption is the plain one that tells nothing of the plumage.
       bird_weight: weight of tokens that show the bird against background tokens.
+      disguised: share of the second pictures of ``compose`` that show the bird in a stranger's coat.
       guidance: range of the guidance scales drawn.
+      time_mean: mean of the logit of the times; above 0 there is more noise than in FLUX's own training. A reference
+        is of use while the noise hides the bird: small pictures show it sooner than large ones.
       seed: of every random draw.
     """
 
@@ -57,11 +62,13 @@ class Settings:
     warmup: int = 200
     decay: float = 0.3
     ema: float = 0.999
-    tasks: tuple[float, float, float] = (0.15, 0.6, 0.25)
+    tasks: tuple[float, float, float, float] = (0.1, 0.25, 0.15, 0.5)
     curriculum: float = 0.15
     fixed_caption: float = 0.5
     bird_weight: float = 3.0
+    disguised: float = 0.7
     guidance: tuple[float, float] = (1.0, 5.0)
+    time_mean: float = 1.0
     seed: int = 0
 
 
@@ -72,6 +79,7 @@ class Latents:
     Attributes:
       whole: the views as they are.
       crop: the bird's box, padded to a square with white.
+      disguise: [N, C, h, w], the second whole view with a stranger's coat on the bird.
       blank: [C, h, w], a black picture.
       cover: uint8 [N, 2, h/2, w/2], share of the token that shows the bird, 0..255.
       t5: int32 [N, 2, T] T5 token ids of each view's caption.
@@ -81,6 +89,7 @@ class Latents:
 
     whole: np.ndarray
     crop: np.ndarray
+    disguise: np.ndarray
     blank: np.ndarray
     cover: np.ndarray
     t5: np.ndarray
@@ -190,7 +199,7 @@ def loss(
       graphdef: the transformer's graph.
       params: {"transformer", "text"}.
       encode_text: (text parameters, T5 ids, CLIP ids) -> (prompt [B, T, E], pooled [B, P]).
-      batch: target, reference [B, C, h, w]; blank [C, h, w]; cover [B, h/2 * w/2]; t5, clip ids.
+      batch: target, reference, disguise [B, C, h, w]; blank [C, h, w]; cover [B, h/2 * w/2]; t5, clip ids.
       key: PRNG key of the step.
       task: one of ``TASKS``.
       settings: weights and ranges.
@@ -198,22 +207,25 @@ def loss(
     Returns:
       The loss and {"bird": unweighted error on tokens that show the bird}.
     """
-    noise_key, time_key, guidance_key, hole_key = jax.random.split(key, 4)
+    noise_key, time_key, guidance_key, hole_key, disguise_key = jax.random.split(key, 5)
     target = batch["target"].astype(jnp.float32)
     b, _, h, w = target.shape
     x0 = pack(target)
     x1 = jax.random.normal(noise_key, x0.shape)
-    t = logit_normal_time(time_key, (b,))
+    t = logit_normal_time(time_key, (b,), mean=settings.time_mean)
     xt = interpolate(x0, x1, t)
     guidance = jax.random.uniform(guidance_key, (b,), minval=settings.guidance[0], maxval=settings.guidance[1])
     prompt, pooled = encode_text(params["text"], batch["t5"], batch["clip"])
-    if task == "caption":
-        references = []
-    else:
-        picture = batch["reference"].astype(jnp.float32)
-        if task == "edit":
-            picture = blank_rectangles(hole_key, target, batch["blank"])
-        references = [(pack(picture), omini.grid_ids(h // 2, w // 2, index=1))]
+    pictures = []
+    if task in ("reference", "compose"):
+        pictures.append(batch["reference"].astype(jnp.float32))
+    if task in ("edit", "compose"):
+        blanked = blank_rectangles(hole_key, target, batch["blank"])
+        if task == "compose":
+            disguised = jax.random.bernoulli(disguise_key, settings.disguised, (b, 1, 1, 1))
+            blanked = jnp.where(disguised, batch["disguise"].astype(jnp.float32), blanked)
+        pictures.append(blanked)
+    references = [(pack(p), omini.grid_ids(h // 2, w // 2, index=i)) for i, p in enumerate(pictures, start=1)]
     branches = omini.native(
         prompt, pooled, xt, omini.grid_ids(h // 2, w // 2), t, guidance=guidance, references=references
     )
@@ -230,6 +242,8 @@ def draw_batch(latents: Latents, step: int, settings: Settings) -> tuple[str, di
     task = TASKS[int(np.searchsorted(np.cumsum(settings.tasks), rng.random() * sum(settings.tasks)))]
     index = rng.integers(len(latents.whole), size=settings.batch)
     view = rng.integers(2, size=settings.batch)
+    if task == "compose":
+        view[:] = 1  # the view that has a disguise
     # Aligned copies first, then shifted and scaled ones (the crop of the same view), then the other view.
     ramp = step / max(settings.curriculum * settings.steps, 1)
     same = rng.random(settings.batch) < max(0.0, 1.0 - ramp) * 0.8
@@ -240,6 +254,7 @@ def draw_batch(latents: Latents, step: int, settings: Settings) -> tuple[str, di
     return task, {
         "target": latents.whole[index, view],
         "reference": reference,
+        "disguise": latents.disguise[index],
         "cover": latents.cover[index, view].reshape(settings.batch, -1).astype(np.float32) / 255,
         "t5": np.where(plain[:, None], latents.plain_t5, latents.t5[index, view]),
         "clip": np.where(plain[:, None], latents.plain_clip, latents.clip[index, view]),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from nabla_jax.toybirds.captions import caption
 from nabla_jax.toybirds.identity import fresh_identity
 from nabla_jax.toybirds.render import Render, render
 from nabla_jax.toybirds.rng import chance, generator
-from nabla_jax.toybirds.scene import Scene, draw_scene
+from nabla_jax.toybirds.scene import Scene, draw_canvas, draw_scene
 
 
 def fresh_scenes(
@@ -18,14 +20,18 @@ def fresh_scenes(
     mirror_probability: float = 0.5,
     pose: str = "photo",
 ) -> list[Scene]:
-    """The scenes of `fresh_pair`: each view after the first faces the other way with `mirror_probability`."""
+    """The scenes of `fresh_pair`: each view after the first faces the other way with `mirror_probability`.
+
+    Canvases are those of a world's photographs: half are square, the others shorter one way.
+    """
     rng = generator(seed, "fresh scenes", index)
     first = "left" if chance(rng, 0.5) else "right"
     other = "right" if first == "left" else "left"
     scenes = []
     for view in range(views):
         turned = view > 0 and chance(rng, mirror_probability)
-        scenes.append(draw_scene(rng, size, pose_range, other if turned else first, pose))
+        canvas = draw_canvas(generator(seed, "fresh canvas", index, view), size)
+        scenes.append(draw_scene(rng, size, pose_range, other if turned else first, pose, canvas))
     return scenes
 
 
@@ -39,7 +45,7 @@ def fresh_pair(
     pose: str = "photo",
     antialias: int | None = None,
 ) -> list[Render]:
-    """`views` pictures of one fresh bird on (size, size) canvases; (seed, index) fixes every pixel.
+    """`views` pictures of one fresh bird, the longer side `size` pixels; (seed, index) fixes every pixel.
 
     `pose_range` in [0, 1] scales how much the poses differ from a profile (0: only background, light and
     facing differ).
@@ -47,6 +53,23 @@ def fresh_pair(
     identity = fresh_identity(seed, index)
     scenes = fresh_scenes(seed, index, size, views, pose_range, mirror_probability, pose)
     return [render(identity, scene, antialias) for scene in scenes]
+
+
+def fresh_disguise(
+    seed: int,
+    index: int,
+    size: int = 48,
+    views: int = 2,
+    pose_range: float = 1.0,
+    mirror_probability: float = 0.5,
+    pose: str = "photo",
+    antialias: int | None = None,
+) -> Render:
+    """The last view of `fresh_pair` with the same arguments, the bird in a stranger's coat: its mask is the same."""
+    shape = fresh_identity(seed, index).shape
+    stranger = dataclasses.replace(fresh_identity(seed + 1, index), shape=shape)
+    scenes = fresh_scenes(seed, index, size, views, pose_range, mirror_probability, pose)
+    return render(stranger, scenes[-1], antialias)
 
 
 def fresh_captions(

@@ -121,6 +121,12 @@ def draw_scene(
     )
 
 
+def draw_canvas(rng: np.random.Generator, size: int) -> tuple[int, int]:
+    """Half of the canvases are square; the others have every kind of short side, odd numbers too."""
+    short = round(size * uniform(rng, 0.78, 0.98))
+    return pick(rng, ((size, size), (size, size), (size, short), (short, size)))
+
+
 def _shifted(colour: Colour, level: float) -> Colour:
     return colour[0] + level, colour[1] + level, colour[2] + level
 

@@ -10,7 +10,7 @@ import numpy as np
 from nabla_jax.errors import UserError
 from nabla_jax.toybirds.identity import COLOURS, MARKS, SPECIES_PER_FAMILY, Identity, draw_identity
 from nabla_jax.toybirds.rng import chance, generator, order, pick, uniform
-from nabla_jax.toybirds.scene import Scene, draw_scene
+from nabla_jax.toybirds.scene import Scene, draw_canvas, draw_scene
 
 WORLD = "toybirds"
 VERSION = 2  # raise it whenever the same settings would give other bytes
@@ -18,7 +18,7 @@ FAMILIES_PER_ORDER = 3
 SEEN_SPECIES = 4  # per family; the rest, up to SPECIES_PER_FAMILY, appear in inat/unseen alone
 SEEN_OBSERVATIONS, UNSEEN_OBSERVATIONS = 2, 3  # true same-individual pairs per species
 PAIRS_PER_CLASS = 2  # the nearest look-alikes; enough for intervals clustered by class, quick to re-pose
-MAX_ORDERS = 6
+MAX_ORDERS = 60
 IdentityPath = tuple[int, int, int, int, int, int]
 
 _ORDERS = (
@@ -33,6 +33,7 @@ _ORDERS = (
     ("Meadow Fowl", (("Clovercocks", "Clovercock"), ("Quailings", "Quailing"),
                      ("Stubble Hens", "Stubble Hen"))),
 )  # fmt: skip
+# Orders beyond these are counted through again, so that a world to train on can have very many classes.
 _ADJECTIVES = (
     "Northern", "Highland", "Marsh", "Coastal", "Island", "Valley", "Harlequin", "Marlow's", "Lesser",
     "Greater", "Sedge", "Black-toed", "Old-field", "Mirror",
@@ -156,7 +157,28 @@ def species_name(seed: int, order_index: int, family: int, species: int) -> str:
     """A made-up common name, unique within a world; those of unseen species may be non-ASCII."""
     adjectives = _ADJECTIVES if species < SEEN_SPECIES else _UNSEEN_ADJECTIVES
     chosen = order(generator(seed, "names", order_index, family, int(species >= SEEN_SPECIES)), len(adjectives))
-    return f"{adjectives[int(chosen[species % SEEN_SPECIES])]} {_ORDERS[order_index][1][family][1]}"
+    return f"{adjectives[int(chosen[species % SEEN_SPECIES])]} {family_names(order_index, family)[1]}"
+
+
+def order_name(order_index: int) -> str:
+    """A made-up order, unique within a world."""
+    return _counted(_ORDERS[order_index % len(_ORDERS)][0], order_index)
+
+
+def family_names(order_index: int, family: int) -> tuple[str, str]:
+    """A made-up family, unique within a world: (all of them, one bird)."""
+    several, one = _ORDERS[order_index % len(_ORDERS)][1][family]
+    return _counted(several, order_index), _counted(one, order_index)
+
+
+def _genus(order_index: int) -> str:
+    turn, genus = divmod(order_index, len(_GENERA))
+    return f"{_PREFIXES[turn]}{_GENERA[genus]}".capitalize()
+
+
+def _counted(name: str, order_index: int) -> str:
+    turn = order_index // len(_ORDERS)
+    return f"{name} {turn + 1}" if turn else name
 
 
 def scene_of(settings: Settings, picture: Picture) -> Scene:
@@ -164,12 +186,6 @@ def scene_of(settings: Settings, picture: Picture) -> Scene:
     rng = generator(settings.seed, "scene", *picture.scene_key)
     scene = draw_scene(rng, settings.size, settings.pose_range, pose=settings.pose, canvas=picture.canvas)
     return scene if picture.fill is None else dataclasses.replace(scene, fill=picture.fill)
-
-
-def _canvas(rng: np.random.Generator, size: int) -> tuple[int, int]:
-    """Half of the canvases are square; the others have every kind of short side, odd numbers too."""
-    short = round(size * uniform(rng, 0.78, 0.98))
-    return pick(rng, ((size, size), (size, size), (size, short), (short, size)))
 
 
 def hierarchy(settings: Settings) -> list[Node]:
@@ -180,11 +196,11 @@ def hierarchy(settings: Settings) -> list[Node]:
     nodes = [Node(0, "Birds", None)]
     family_ids: dict[tuple[int, int], int] = {}
     for o in range(settings.orders):
-        nodes.append(Node(len(nodes), _ORDERS[o][0], 0))
+        nodes.append(Node(len(nodes), order_name(o), 0))
     for o in range(settings.orders):
         for f in range(FAMILIES_PER_ORDER):
             family_ids[o, f] = len(nodes)
-            nodes.append(Node(len(nodes), _ORDERS[o][1][f][0], 1 + o))
+            nodes.append(Node(len(nodes), family_names(o, f)[0], 1 + o))
     rng = generator(settings.seed, "hierarchy")
     species = species_list(settings.orders, seen=True)
     odd = ("{name}  ({q})", "{name} ({q} )", "{name}  ({q} )", "{name} ({q})  ")
@@ -243,7 +259,7 @@ def nabirds_images(settings: Settings, nodes: list[Node]) -> list[NabirdsImage]:
                 path=f"images/{node.class_id:04d}/{image_id.replace('-', '')}.{suffix}",
                 identity=(settings.seed, *node.leaf, 1 + index),
                 scene_key=("nabirds", index),
-                canvas=_canvas(rng, settings.size),
+                canvas=draw_canvas(rng, settings.size),
                 fill=uniform(rng, 1.06, 1.16) if cut else None,
             )
             left, top, right, bottom = (int(uniform(rng, 0, 4)) for _ in range(4))
@@ -291,6 +307,7 @@ def look_alike_pairs(settings: Settings, images: list[NabirdsImage]) -> list[tup
 _DATES = ("2023-{m:02d}-{d:02d} 0{h}:15:0{s}", "2024-{m:02d}-{d:02d} {h}:42 PM",
           "2022-{m:02d}-{d:02d} 1{h}:03:2{s}-04:00", "2025-{m:02d}-{d:02d}T1{h}:58")  # fmt: skip
 _GENERA = ("Pictavis", "Tibialis", "Columbula", "Corticola", "Hiator", "Pratigallus")
+_PREFIXES = ("", "Neo", "Para", "Eu", "Pseudo", "Proto", "Meta", "Archi", "Micro", "Macro")
 _USERS = ("wren_watcher", "éloise-b", "kakapo77", "björn.s", "field notes", "m_tanaka", "lagoon-log")
 
 
@@ -316,7 +333,7 @@ def observations(settings: Settings, subset: str) -> list[Observation]:
             pictures = [
                 Picture(
                     f"{observation_id}_{stem}", f"images/{folder}/{stem}.jpg", identity,
-                    (f"inat/{subset}", 2 * index + k), _canvas(rng, settings.size),
+                    (f"inat/{subset}", 2 * index + k), draw_canvas(rng, settings.size),
                 )
                 for k, stem in enumerate(stems)
             ]  # fmt: skip
@@ -325,7 +342,7 @@ def observations(settings: Settings, subset: str) -> list[Observation]:
             row = {
                 "observation_id": observation_id,
                 "common_name": name,
-                "scientific_name": f"{_GENERA[o]} {'nota' if seen else 'ignota'}{'abc'[f]}{'uvwxyz'[s]}",
+                "scientific_name": f"{_genus(o)} {'nota' if seen else 'ignota'}{'abc'[f]}{'uvwxyz'[s]}",
                 "relative_path": f"images/{folder}",
                 "observed_on": date.format(m=1 + index % 12, d=1 + index % 28, h=1 + index % 9, s=index % 10),
                 "photo_count": str(first + 1 + int(rng.random() * 4)),

@@ -15,6 +15,7 @@ from PIL import Image
 from nabla_jax import assets, flow, toybirds
 from nabla_jax.checkpoints import pipeline
 from nabla_jax.conditioning import omini
+from nabla_jax.conditioning.geometry import Placement
 from nabla_jax.conditioning.text import encode_prompts, load_text_stack
 from nabla_jax.flow.path import pack, unpack
 from nabla_jax.models import layers
@@ -59,7 +60,10 @@ def text() -> tuple[np.ndarray, np.ndarray]:
 def new_birds() -> tuple[np.ndarray, np.ndarray]:
     """Pictures uint8 [N, H, W, 3] and masks bool [N, H, W] of individuals that nothing was trained on."""
     views = [view for index in range(NEW_BIRDS) for view in toybirds.fresh_pair(NEW_WORLD, index, SIZE)]
-    return np.stack([v.rgb for v in views]), np.stack([v.mask for v in views])
+    squares = [Placement.square(*v.mask.shape, SIZE) for v in views]
+    pictures = [square.apply(v.rgb, 255, "nearest") for square, v in zip(squares, views, strict=True)]
+    masks = [square.apply(v.mask, False, "nearest") for square, v in zip(squares, views, strict=True)]
+    return np.stack(pictures), np.stack(masks)
 
 
 def to_input(pictures: np.ndarray) -> np.ndarray:

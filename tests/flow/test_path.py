@@ -44,6 +44,8 @@ def test_time_is_logit_normal() -> None:
     time = np.asarray(path.logit_normal_time(jax.random.key(3), (20_000,)))
     assert time.dtype == np.float32 and time.min() > 0 and time.max() < 1
     assert scipy.stats.kstest(scipy.special.logit(time.astype(np.float64)), "norm").pvalue > 1e-3
+    later = np.asarray(path.logit_normal_time(jax.random.key(3), (20_000,), mean=1.5))
+    assert scipy.stats.kstest(scipy.special.logit(later.astype(np.float64)), "norm", (1.5, 1.0)).pvalue > 1e-3
 
 
 def test_time_of_a_sample_does_not_depend_on_the_batch() -> None:

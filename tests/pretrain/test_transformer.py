@@ -26,6 +26,7 @@ def latents(count: int = 6) -> pretrain.Latents:
     return pretrain.Latents(
         whole=whole,
         crop=whole + np.float16(100),
+        disguise=whole[:, 1] + np.float16(50),
         blank=np.full((4, 4, 4), 7, np.float32),
         cover=rng.integers(0, 256, (count, 2, 2, 2)).astype(np.uint8),
         t5=rng.integers(1, 5, (count, 2, 3)).astype(np.int32),
@@ -91,6 +92,41 @@ def test_a_reference_is_the_other_view_once_the_curriculum_is_over() -> None:
         for place, reference in zip(index, batch["reference"], strict=True):
             other = divmod(place, 2)[0], 1 - place % 2
             assert any(np.array_equal(reference, views[other]) for views in (data.whole, data.crop))
+
+
+READ = {
+    ("caption", 0.5): set(),
+    ("reference", 0.5): {"reference"},
+    ("edit", 0.5): {"blank"},
+    ("compose", 1.0): {"reference", "disguise"},
+    ("compose", 0.0): {"reference", "blank"},
+}
+
+
+@pytest.mark.parametrize(("task", "disguised"), READ)
+def test_each_task_reads_its_pictures_and_no_others(task: str, disguised: float) -> None:
+    settings = dataclasses.replace(SETTINGS, disguised=disguised)
+    graphdef, params = pretrain.initialize(CONFIG, text(), 0)
+    # A fresh model's output is zero whatever it reads.
+    shape = params["transformer"]["proj_out"]["weight"].shape
+    params["transformer"]["proj_out"]["weight"] = jax.random.normal(jax.random.key(2), shape)
+    batch = {name: jnp.asarray(value) for name, value in pretrain.draw_batch(latents(), 4, settings)[1].items()}
+    batch["blank"] = jnp.asarray(latents().blank)
+
+    def cost(**changed: jax.Array) -> float:
+        given = {**batch, **changed}
+        return float(pretrain.loss(graphdef, params, encode_text, given, jax.random.key(1), task, settings)[0])
+
+    found = {name for name in ("reference", "disguise", "blank") if cost(**{name: batch[name] * 0 - 3}) != cost()}
+    assert found == READ[task, disguised]
+
+
+def test_composition_makes_the_view_that_has_a_disguise() -> None:
+    data, settings = latents(), dataclasses.replace(SETTINGS, tasks=(0, 0, 0, 1))
+    for step in range(4, 8):
+        task, batch = pretrain.draw_batch(data, step, settings)
+        assert task == "compose"
+        np.testing.assert_array_equal(batch["disguise"], batch["target"] + np.float16(50))
 
 
 def test_batches_depend_on_the_step_alone() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nabla_jax.errors import UserError
-from nabla_jax.toybirds import CAPTION_WORDS, caption, fresh_pair, fresh_scenes
+from nabla_jax.toybirds import CAPTION_WORDS, caption, fresh_disguise, fresh_pair, fresh_scenes
 from nabla_jax.toybirds.captions import FIXED_CAPTION, background_caption, long_caption
 from nabla_jax.toybirds.identity import PLUMAGES, draw_identity, fresh_identity
 from nabla_jax.toybirds.render import KEYPOINTS, PARTS, place, render
@@ -48,7 +48,7 @@ def test_part_map_and_depth_equal_a_brute_force_ray_caster(pose):
 def test_mask_depth_and_parts_cover_the_same_pixels_and_the_bird_fills_the_canvas():
     for index in range(12):
         shot = fresh_pair(4, index)[0]
-        assert shot.rgb.dtype == np.uint8 and shot.rgb.shape == (48, 48, 3)
+        assert shot.rgb.dtype == np.uint8 and max(shot.rgb.shape) == 48 and shot.rgb.shape[2] == 3
         np.testing.assert_array_equal(shot.mask, shot.parts > 0)
         np.testing.assert_array_equal(shot.mask, shot.depth > 0)
         assert shot.parts.max() < len(PARTS)
@@ -56,7 +56,8 @@ def test_mask_depth_and_parts_cover_the_same_pixels_and_the_bird_fills_the_canva
         x, y, w, h = shot.box
         assert abs(columns.min() - x) < 2.5 and abs(columns.max() + 1 - x - w) < 2.5
         assert abs(rows.min() - y) < 2.5 and abs(rows.max() + 1 - y - h) < 2.5
-        assert 0.72 <= max(w, h) / 48 <= 0.95
+        height, width = shot.mask.shape
+        assert 0.72 <= max(w / width, h / height) <= 0.95
         assert shot.mask.mean() > 0.15
 
 
@@ -181,6 +182,21 @@ def test_fresh_pairs_show_one_new_bird_each_and_repeat_exactly():
     scenes = fresh_scenes(1, 7, size=48)
     np.testing.assert_array_equal(render(fresh_identity(1, 7), scenes[1]).rgb, first[1].rgb)
     assert len({fresh_identity(2, i).shape for i in range(50)}) == 50
+
+
+def test_a_disguise_is_the_second_view_in_another_coat():
+    for index in range(6):
+        second, disguise = fresh_pair(1, index)[1], fresh_disguise(1, index)
+        np.testing.assert_array_equal(disguise.mask, second.mask)
+        np.testing.assert_array_equal(disguise.rgb[~second.mask], second.rgb[~second.mask])
+        changed = np.abs(disguise.rgb.astype(int) - second.rgb)[second.mask].max(-1) > 30
+        assert changed.mean() > 0.3
+
+
+def test_half_of_the_fresh_canvases_are_square():
+    canvases = [scene.canvas for index in range(100) for scene in fresh_scenes(1, index)]
+    assert all(max(canvas) == 48 for canvas in canvases)
+    assert 0.35 < np.mean([height == width for height, width in canvases]) < 0.65
 
 
 def test_mirror_probability_decides_how_often_the_second_view_faces_the_other_way():

@@ -208,7 +208,7 @@ def test_a_finished_world_is_left_alone_and_another_is_refused(world):
 
 @pytest.mark.parametrize(
     "bad, message",
-    [({"images": 10}, "images: found 10"), ({"size": 4}, "size: found 4"), ({"orders": 9}, "orders"),
+    [({"images": 10}, "images: found 10"), ({"size": 4}, "size: found 4"), ({"orders": 61}, "orders"),
      ({"pose": "wild"}, "pose"), ({"seed": -1}, "seed")],
 )  # fmt: skip
 def test_settings_out_of_range_are_named(tmp_path, bad, message):
