@@ -1,25 +1,37 @@
-"""Adapter files: PEFT/diffusers safetensors with what later stages need to know in the header.
+"""Adapter files: safetensors of other tools and of this one, with what later stages need to know in the header.
 
-Tensors are named ``transformer.<module>.lora_A.weight`` [r, in] and ``….lora_B.weight`` [out, r], as
-``save_lora_weights`` of diffusers writes them. The header's ``nabla_jax`` entry holds ``AdapterMetadata`` as JSON; a
-file without it is read with alpha = rank, which is what diffusers assumes.
+``adapter_formats`` knows how each tool names and fuses its tensors. The header's ``nabla_jax`` entry holds
+``AdapterMetadata`` as JSON. A file without it says alpha in its tensors, in the header that diffusers writes or in the
+``adapter_config.json`` that PEFT writes beside it; where none of them does, alpha = rank, which is what diffusers
+assumes.
 """
 
 import dataclasses
 import json
 import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
 
-from nabla_jax.checkpoints.safetensors_io import Header, load_tree, read_header, save_tree
+from nabla_jax.checkpoints import adapter_formats as formats
+from nabla_jax.checkpoints.adapter_formats import Format, Pair
+from nabla_jax.checkpoints.safetensors_io import DTYPES, Header, collapse, read_header, save_tree
 from nabla_jax.errors import UserError
 from nabla_jax.models.layers import Params
 from nabla_jax.models.lora import Adapter, linears, module_names
 
-_ROOT = "transformer"
 _KEY = "nabla_jax"
+# Where diffusers keeps the LoraConfig of an adapter that it saves.
+_DIFFUSERS_KEY = "lora_adapter_metadata"
+# Files in which PEFT keeps an adapter and its LoraConfig.
+_PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_INPUT = "x_embedder"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +53,9 @@ class AdapterMetadata:
       sample_guidance: default guidance scale in sampling.
       sample_steps: default number of sampling steps.
       independent_conditions: whether conditions see only themselves.
-      applies_to: condition branches only, or the whole sequence.
+      applies_to: condition branches only, the whole sequence, or unknown (files of other tools do not say).
+      reads: which of the conditions the adapter is for, when subject and control have one each.
+      targets: the adapted linears, ``*`` standing for every block; filled in when a file is written or read.
       step: training step.
     """
 
@@ -59,78 +73,297 @@ class AdapterMetadata:
     sample_guidance: float = 1.0
     sample_steps: int = 28
     independent_conditions: bool = False
-    applies_to: Literal["condition", "all"] = "condition"
+    applies_to: Literal["condition", "all", "unknown"] = "condition"
+    reads: Literal["both", "subject", "control"] = "both"
+    targets: tuple[str, ...] = ()
     step: int = 0
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
 
     @classmethod
     def from_json(cls, text: str, path: str | os.PathLike[str]) -> "AdapterMetadata":
         """Parses the header entry of the file at ``path``."""
         try:
             raw = json.loads(text)
-            return cls(**raw)
-        except (json.JSONDecodeError, TypeError) as error:
+            return cls(**raw | {"targets": tuple(raw.get("targets", ()))})
+        except (json.JSONDecodeError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: metadata {_KEY}: cannot be read ({error}), expected AdapterMetadata") from error
 
 
-def _published(params: Params) -> Params:
-    """``{"lora_A": array}`` leaves become ``{"lora_A": {"weight": array}}``."""
-    return {k: {"weight": v} if k in ("lora_A", "lora_B") else _published(v) for k, v in params.items()}
+@dataclasses.dataclass(frozen=True)
+class AdapterFile:
+    """An adapter as a file holds it, independent of any base.
+
+    Attributes:
+      format: peft, kohya, comfyui or onetrainer.
+      modules: a pair of matrices per linear, by diffusers' module names, in the file's dtype.
+      metadata: ours, or what could be found out.
+      header: the other entries of the file's header, as they are.
+    """
+
+    format: str
+    modules: dict[str, Pair]
+    metadata: AdapterMetadata
+    header: dict[str, str]
 
 
-def _own(params: Params) -> Params:
-    return {k: v["weight"] if k in ("lora_A", "lora_B") else _own(v) for k, v in params.items()}
+# ----------------------------------------------------------------------------------------------------- reading
 
 
-def save_adapter(
-    path: str | os.PathLike[str], adapter: Adapter, metadata: AdapterMetadata, *, stacked: tuple[str, ...]
-) -> None:
-    """Writes one adapter atomically, one tensor per linear and block, float32."""
-    prefixes = tuple(f"{_ROOT}.{name}" for name in stacked)
-    text = json.dumps(dataclasses.asdict(metadata), sort_keys=True)
-    save_tree({_ROOT: _published(adapter.params)}, path, {_KEY: text}, stacked=prefixes)
+def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
+    """Reads an adapter in any known format into host memory; fused matrices are split, exactly.
+
+    Args:
+      path: a safetensors file, or a folder that PEFT's ``save_pretrained`` wrote.
+
+    Raises:
+      UserError: the file is damaged, is no LoRA of a FLUX transformer, or its linears differ in rank or in
+        alpha / rank.
+    """
+    path = _file(path)
+    header = read_header(path)
+    style, entries = formats.recognise(header.tensors, path)
+    own = AdapterMetadata.from_json(header.metadata[_KEY], path) if _KEY in header.metadata else None
+    modules: dict[str, Pair] = {}
+    scales: dict[str, float] = {}
+    stated = _stated_scale(path, header)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            for entry in entries:
+                pair = _pair(path, file, header, entry)
+                rank = pair.lora_A.shape[0]
+                if "alpha" in entry.names:
+                    scales[entry.names["alpha"]] = float(file.get_tensor(entry.names["alpha"]).item()) / rank
+                try:
+                    parts = formats.split(
+                        pair,
+                        entry.parts,
+                        original=style in formats.ORIGINAL,
+                        rank=own.rank if own else None,
+                        targets=own.targets if own else (),
+                    )
+                except ValueError as error:
+                    raise UserError(f"{path}: {entry.names['lora_B']}: {error}") from error
+                modules.update(parts)
+    except SafetensorError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    rank = _one_rank(path, {pair.lora_A.shape[0] for pair in modules.values()})
+    scale = _one_scale(path, scales, own.scale if own else stated)
+    if own is None:
+        metadata = AdapterMetadata(rank=rank, alpha=scale * rank, applies_to="unknown")
+    elif own.rank == rank:
+        metadata = own
+    else:
+        raise UserError(f"{path}: metadata {_KEY}: rank is {own.rank}, but the tensors have rank {rank}")
+    metadata = dataclasses.replace(metadata, targets=formats.patterns(modules))
+    others = {k: v for k, v in header.metadata.items() if k not in (_KEY, "format")}
+    return AdapterFile(style, modules, metadata, others)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> AdapterMetadata:
-    """The adapter's metadata; rank from the shapes and alpha = rank for files of other tools."""
-    header = read_header(path)
+    """The adapter's metadata; for files of other tools rank, alpha and targets from the tensors."""
+    header = read_header(_file(path))
     if _KEY in header.metadata:
         return AdapterMetadata.from_json(header.metadata[_KEY], path)
-    ranks = {entry.shape[0] for name, entry in header.tensors.items() if name.endswith("lora_A.weight")}
-    if len(ranks) != 1:
-        raise UserError(f"{path}: expected lora_A tensors of one rank, found ranks {sorted(ranks) or 'none'}")
-    rank = ranks.pop()
-    return AdapterMetadata(rank=rank, alpha=float(rank))
+    return read_adapter(path).metadata
 
 
 def load_adapter(
     path: str | os.PathLike[str], base: Params, *, stacked: tuple[str, ...]
 ) -> tuple[Adapter, AdapterMetadata]:
-    """Reads one adapter for the base whose parameter tree (arrays or shapes) is given.
+    """Reads one adapter, float32, for the base whose parameter tree (arrays or shapes) is given.
 
     Raises:
       UserError: a tensor belongs to no linear of the base, is missing in some block, or has another shape.
     """
-    metadata = read_metadata(path)
-    abstract = _abstract(path, read_header(path), base, metadata.rank, stacked)
-    prefixes = tuple(f"{_ROOT}.{name}" for name in stacked)
-    tree = load_tree(path, {_ROOT: _published(abstract)}, stacked=prefixes, dtype=jnp.float32)
-    return Adapter(_own(tree[_ROOT]), metadata.alpha / metadata.rank), metadata
-
-
-def _abstract(path: Any, header: Header, base: Params, rank: int, stacked: tuple[str, ...]) -> Params:
-    """Shapes of the adapter: every linear of the base for which the file names at least one block."""
+    file = read_adapter(path)
+    check_fits(path, file.modules, base, stacked=stacked)
     tree: Params = {}
     for where, shape in linears(base, stacked):
         names = module_names(where, shape, stacked)
-        if not any(f"{_ROOT}.{name}.lora_A.weight" in header.tensors for name in names):
+        if names[0] not in file.modules:
             continue
-        *lead, out_features, in_features = shape
         node = tree
         for name in where:
             node = node.setdefault(name, {})
-        node["lora_A"] = jax.ShapeDtypeStruct((*lead, rank, in_features), jnp.float32)
-        node["lora_B"] = jax.ShapeDtypeStruct((*lead, out_features, rank), jnp.float32)
-    if not tree:
-        first = next(iter(header.tensors), "none")
-        raise UserError(f"{path}: no tensor named {_ROOT}.<module>.lora_A.weight for this base, found e.g. {first}")
-    return tree
+        for i, matrix in enumerate(Pair._fields):
+            rows = [np.asarray(file.modules[n][i], np.float32) for n in names]
+            node[matrix] = jax.device_put(np.stack(rows) if where[0] in stacked else rows[0])
+    return Adapter(tree, file.metadata.scale), file.metadata
+
+
+def check_fits(
+    path: str | os.PathLike[str],
+    modules: Mapping[str, Pair],
+    base: Params,
+    *,
+    stacked: tuple[str, ...],
+) -> None:
+    """Checks that a base has every linear of an adapter, in the same size, and an adapter every block of a linear.
+
+    Raises:
+      UserError: listing everything that does not fit; first of all another number of input channels, with both
+        shapes, because that is what an adapter of FLUX.1-Fill on another FLUX.1 (or the reverse) meets.
+    """
+    every = [(module_names(where, shape, stacked), shape[-2:]) for where, shape in linears(base, stacked)]
+    expected = {name: shape for names, shape in every for name in names}
+    _check_channels(path, modules, expected)
+    extra = [name for name in modules if name not in expected]
+    if len(extra) == len(modules):
+        raise UserError(f"{path}: no tensor for this base, found e.g. {extra[0]}, expected e.g. {next(iter(expected))}")
+    partly = [names for names, _ in every if any(name in modules for name in names)]
+    missing = [name for names in partly for name in names if name not in modules]
+    wrong = []
+    for name, pair in modules.items():
+        out_features, in_features = expected.get(name, (pair.lora_B.shape[0], pair.lora_A.shape[1]))
+        rank = pair.lora_A.shape[0]
+        for matrix, shape in zip(Pair._fields, ((rank, in_features), (out_features, rank)), strict=True):
+            if getattr(pair, matrix).shape != shape:
+                wrong.append(f"{name}.{matrix}: found {getattr(pair, matrix).shape}, expected {shape}")
+    problems = [f"{len(missing)} missing: {collapse(missing)}"] if missing else []
+    if extra:
+        problems.append(f"{len(extra)} not expected: {collapse(extra)}")
+    if wrong:
+        problems.append(f"{len(wrong)} of another shape: {', '.join(wrong)}")
+    if problems:
+        raise UserError(f"{path}: the adapter does not fit the base; {'; '.join(problems)}")
+
+
+def _check_channels(
+    path: str | os.PathLike[str], modules: Mapping[str, Pair], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    if _INPUT not in modules or _INPUT not in expected:
+        return
+    found, wanted = modules[_INPUT].lora_A.shape, (modules[_INPUT].lora_A.shape[0], expected[_INPUT][1])
+    if found == wanted:
+        return
+    which = {64: "FLUX.1 schnell, dev or Kontext", 384: "FLUX.1-Fill"}
+    theirs, ours = (which.get(n, f"a base with {n} input channels") for n in (found[1], wanted[1]))
+    raise UserError(
+        f"{path}: {_INPUT}.lora_A has shape {found}, this base takes {wanted}: the adapter was trained on {theirs} "
+        f"({found[1]} input channels) and does not fit {ours} ({wanted[1]})"
+    )
+
+
+def _file(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    return path / _PEFT_FILE if (path / _PEFT_FILE).is_file() else path
+
+
+def _pair(path: Path, file: Any, header: Header, entry: formats.Entry) -> Pair:
+    names = [entry.names[matrix] for matrix in Pair._fields]
+    for name in names:
+        if header.tensors[name].dtype not in DTYPES:
+            raise UserError(f"{path}: {name}: found dtype {header.tensors[name].dtype}, expected {', '.join(DTYPES)}")
+    shapes = [header.tensors[name].shape for name in names]
+    if [len(shape) for shape in shapes] != [2, 2] or shapes[0][0] != shapes[1][1]:
+        raise UserError(
+            f"{path}: {names[0]} and {names[1]} have shapes {shapes[0]} and {shapes[1]}, expected [r, in] and [out, r]"
+        )
+    return Pair(*(file.get_tensor(name) for name in names))
+
+
+def _one_rank(path: Path, ranks: set[int]) -> int:
+    if len(ranks) != 1:
+        raise UserError(f"{path}: expected matrices of one rank, found ranks {', '.join(map(str, sorted(ranks)))}")
+    return ranks.pop()
+
+
+def _one_scale(path: Path, scales: Mapping[str, float], stated: float | None) -> float:
+    """alpha / rank of the whole file, from its alphas (by tensor name) and from what the metadata state."""
+    found = dict(scales) if stated is None else {"the metadata": stated, **scales}
+    if not found:
+        return 1.0
+    first = next(iter(found.items()))
+    for name, scale in found.items():
+        # alpha is stored in as few as 8 bits.
+        if abs(scale - first[1]) > 4e-3 * abs(first[1]):
+            raise UserError(
+                f"{path}: expected one alpha / rank, found {first[1]:g} in {first[0]} and {scale:g} in {name}"
+            )
+    return first[1]
+
+
+def _stated_scale(path: Path, header: Header) -> float | None:
+    """alpha / rank as diffusers (in the header) or PEFT (in a file beside it) state it."""
+    prefix, where = "", path.parent / _PEFT_CONFIG
+    if _DIFFUSERS_KEY in header.metadata:
+        text, prefix, where = header.metadata[_DIFFUSERS_KEY], "transformer.", path
+    elif path.name == _PEFT_FILE and where.is_file():
+        text = where.read_text(encoding="utf-8")
+    else:
+        return None
+    try:
+        config = {str(k).removeprefix(prefix): v for k, v in json.loads(text).items()}
+        if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
+            raise UserError(f"{where}: use_dora, rank_pattern and alpha_pattern are not supported, expected plain LoRA")
+        if "r" not in config:
+            return None
+        rank = int(config["r"])
+        alpha = float(config.get("lora_alpha") or rank)
+        return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    except (json.JSONDecodeError, AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{where}: LoRA configuration cannot be read: {error}") from error
+
+
+# ----------------------------------------------------------------------------------------------------- writing
+
+
+def save_adapter(
+    path: str | os.PathLike[str],
+    adapter: Adapter,
+    metadata: AdapterMetadata,
+    *,
+    stacked: tuple[str, ...],
+    format: Format = "peft",
+) -> None:
+    """Writes one adapter atomically, one pair of tensors per linear and block (``peft``), float32."""
+    modules: dict[str, Pair] = {}
+
+    def walk(node: Params, where: tuple[str, ...]) -> None:
+        if "lora_A" in node:
+            a, b = (np.asarray(jax.device_get(node[matrix]), np.float32) for matrix in Pair._fields)
+            lead = where[0] in stacked
+            for i, name in enumerate(module_names(where, a.shape, stacked)):
+                modules[name] = Pair(a[i], b[i]) if lead else Pair(a, b)
+            return
+        for name, child in node.items():
+            walk(child, (*where, name))
+
+    walk(adapter.params, ())
+    write_adapter(path, modules, metadata, format=format)
+
+
+def write_adapter(
+    path: str | os.PathLike[str],
+    modules: Mapping[str, Pair],
+    metadata: AdapterMetadata,
+    *,
+    format: Format = "peft",
+    header: Mapping[str, str] | None = None,
+    dtype: DTypeLike | None = None,
+) -> None:
+    """Writes pairs of matrices by module name atomically, in the names of ``format``.
+
+    Args:
+      path: of the file.
+      modules: as in ``AdapterFile``.
+      metadata: goes into the header; ``targets`` is filled in.
+      format: peft, kohya or comfyui.
+      header: further entries of the header.
+      dtype: of the matrices; None keeps theirs.
+    """
+    metadata = dataclasses.replace(metadata, targets=formats.patterns(modules))
+    kept = {k: v for k, v in (header or {}).items() if k != _DIFFUSERS_KEY}
+    text = json.dumps(dataclasses.asdict(metadata), sort_keys=True)
+    if dtype is not None:
+        modules = {n: Pair(*(m.astype(jnp.dtype(dtype)) for m in pair)) for n, pair in modules.items()}
+    save_tree(formats.write(modules, metadata.scale, format), path, kept | {_KEY: text})
+
+
+def dtypes(modules: Mapping[str, Pair]) -> Iterable[str]:
+    """The distinct dtypes of an adapter's matrices."""
+    return sorted({str(matrix.dtype) for pair in modules.values() for matrix in pair})

@@ -103,7 +103,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     if index is not None:
         absent = sorted(set(index) - set(tensors))
         if absent:
-            raise UserError(f"{files[0].parent}: the index names tensors that no shard holds: {_collapse(absent)}")
+            raise UserError(f"{files[0].parent}: the index names tensors that no shard holds: {collapse(absent)}")
     return Header(files, tensors, metadata)
 
 
@@ -320,17 +320,17 @@ def _check(
             wrong.append(f"{names[0]} in {entry.file.name}: found dtype {entry.dtype}, expected {', '.join(DTYPES)}")
     problems = []
     if missing:
-        problems.append(f"{len(missing)} missing: {_collapse(missing)}")
+        problems.append(f"{len(missing)} missing: {collapse(missing)}")
     if extra:
         files = sorted({header.tensors[name].file.name for name in extra})
-        problems.append(f"{len(extra)} not expected (in {', '.join(files)}): {_collapse(extra)}")
+        problems.append(f"{len(extra)} not expected (in {', '.join(files)}): {collapse(extra)}")
     if wrong:
         problems.append(f"{len(wrong)} of another shape or type: {', '.join(wrong)}")
     if problems:
         raise UserError(f"{path}: the tensors do not fit the model; {'; '.join(problems)}")
 
 
-def _collapse(names: Sequence[str]) -> str:
+def collapse(names: Sequence[str]) -> str:
     """All names on one line, those that differ in a block number once, as in ``blocks.{0..18}.weight``."""
     groups: dict[str, list[int]] = {}
     for name in names:

@@ -19,15 +19,22 @@ _QUERY_BLOCK = 256
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float | None = None, implementation: Implementation = "auto"
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float | None = None,
+    valid: jax.Array | None = None,
+    implementation: Implementation = "auto",
 ) -> jax.Array:
-    """Softmax attention without a mask; every query sees every key.
+    """Softmax attention; every query sees every key that is no padding.
 
     Args:
       q: [B, S, H, D].
       k: [B, T, H, D].
       v: [B, T, H, D].
       scale: factor on the scores; ``D ** -0.5`` when None.
+      valid: [B, T] bool, False for keys that only pad a sample to the length of the batch; None when none do.
       implementation: ``auto`` takes cuDNN's flash kernel on GPUs for half-precision inputs, else XLA with queries in
         blocks when the score matrix would be large.
 
@@ -46,26 +53,32 @@ def attend(
     if implementation == "cudnn":
         if jax.default_backend() != "gpu":
             raise UserError(f"attention: implementation 'cudnn' needs a GPU, found {jax.default_backend()}")
-        return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
+        mask = None if valid is None else valid[:, None, None, :]
+        return jax.nn.dot_product_attention(q, k, v, scale=scale, mask=mask, implementation="cudnn")
     if implementation == "chunked":
-        return _chunked(q, k, v, scale)
-    return _softmax_attention(q, k, v, scale)
+        return _chunked(q, k, v, scale, valid)
+    return _softmax_attention(q, k, v, scale, valid)
 
 
-def _softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float | None) -> jax.Array:
+def _softmax_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float | None, valid: jax.Array | None
+) -> jax.Array:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     # float32 scores: differences of large bfloat16 scores decide the softmax.
     scores = jnp.einsum("bshd,bthd->bhst", q, k, preferred_element_type=jnp.float32) * scale
+    if valid is not None:
+        # Finite: a sample of which every key is padding gets a mean that nobody reads, not a NaN that spreads.
+        scores = jnp.where(valid[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bhst,bthd->bshd", weights, v)
 
 
-def _chunked(q: jax.Array, k: jax.Array, v: jax.Array, scale: float | None) -> jax.Array:
+def _chunked(q: jax.Array, k: jax.Array, v: jax.Array, scale: float | None, valid: jax.Array | None) -> jax.Array:
     b, s, h, d = q.shape
     blocks = -(-s // _QUERY_BLOCK)
     padded = jnp.pad(q, ((0, 0), (0, blocks * _QUERY_BLOCK - s), (0, 0), (0, 0)))
     padded = padded.reshape(b, blocks, _QUERY_BLOCK, h, d).transpose(1, 0, 2, 3, 4)
     # The scores of a block are recomputed in the backward pass instead of being kept for all blocks.
-    block = jax.checkpoint(lambda x: _softmax_attention(x, k, v, scale))
+    block = jax.checkpoint(lambda x: _softmax_attention(x, k, v, scale, valid))
     out = jax.lax.map(block, padded)
     return out.transpose(1, 0, 2, 3, 4).reshape(b, blocks * _QUERY_BLOCK, h, d)[:, :s]

@@ -12,7 +12,7 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +123,8 @@ class Branch:
       adapter: name of the adapter applied to this branch's linears, or None.
       sees: indices of the branches whose keys this branch's queries attend to; None means all.
       kind: which of the two parameter sets of the double blocks serves the branch.
+      valid: [B, N] bool, False for tokens that only pad a sample to the length of the batch: nobody attends to them and
+        what comes out for them means nothing. None when there are none.
     """
 
     tokens: jax.Array
@@ -133,11 +135,46 @@ class Branch:
     adapter: str | None = None
     sees: tuple[int, ...] | None = None
     kind: Literal["text", "image"] = "image"
+    valid: jax.Array | None = None
 
     @property
     def length(self) -> int:
         """N, the number of tokens."""
         return self.tokens.shape[1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Keys and values of branches that see only themselves: they depend on nothing else, so one run serves many calls.
+
+    Attributes:
+      double, single: per branch a pair (keys, values) of arrays [L, B, N, H, E], for the two kinds of blocks; keys
+        are taken after norm and rotation.
+      valid: per branch [B, N] bool or None, as in ``Branch``.
+    """
+
+    double: tuple[tuple[jax.Array, jax.Array], ...]
+    single: tuple[tuple[jax.Array, jax.Array], ...]
+    valid: tuple[jax.Array | None, ...]
+
+
+KeysAndValues = tuple[tuple[jax.Array, jax.Array], ...]
+
+
+class Others(NamedTuple):
+    """What a block needs beyond its own streams: padding, and remembered branches that all its queries see.
+
+    Attributes:
+      valid: per branch [B, N] bool or None.
+      keys, values: per remembered branch [B, N, H, E].
+      remembered: per remembered branch [B, N] bool or None.
+    """
+
+    valid: tuple[jax.Array | None, ...]
+    keys: tuple[jax.Array, ...] = ()
+    values: tuple[jax.Array, ...] = ()
+    remembered: tuple[jax.Array | None, ...] = ()
 
 
 # ----------------------------------------------------------------------------------------------- embeddings
@@ -176,7 +213,7 @@ def rope(ids: jax.Array | np.ndarray, axes: Sequence[int], theta: float = 10000.
     return xp.cos(angle).astype(np.float32), xp.sin(angle).astype(np.float32)
 
 
-def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate(x: jax.Array, tables: tuple[jax.Array, ...]) -> jax.Array:
     """Rotates interleaved pairs of [B, N, H, E] by the angles of ``rope``; computed in float32."""
     cos, sin = (t[..., :, None, :] for t in tables)
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
@@ -294,22 +331,36 @@ def _joint_attention(
     q: Sequence[jax.Array],
     k: Sequence[jax.Array],
     v: Sequence[jax.Array],
+    others: Others,
     implementation: Implementation,
 ) -> list[jax.Array]:
     """Per-branch [B, N, H, E] queries, keys, values -> per-branch outputs [B, N, H * E].
 
-    Branches with equal visibility share one unmasked call; the mask between groups of tokens is never built.
+    Branches with equal visibility share one call; the mask between groups of tokens is never built.
     """
     out: list[jax.Array | None] = [None] * len(q)
     for seen in dict.fromkeys(layout.sees):
         queries = [i for i, s in enumerate(layout.sees) if s == seen]
-        keys, values = _concat([k[j] for j in seen]), _concat([v[j] for j in seen])
-        mixed = attend(_concat([q[i] for i in queries]), keys, values, implementation=implementation)
+        keys = _concat([*(k[j] for j in seen), *others.keys])
+        values = _concat([*(v[j] for j in seen), *others.values])
+        lengths = [layout.lengths[j] for j in seen] + [key.shape[1] for key in others.keys]
+        valid = _join_valid([*(others.valid[j] for j in seen), *others.remembered], lengths, keys.shape[0])
+        mixed = attend(_concat([q[i] for i in queries]), keys, values, valid=valid, implementation=implementation)
         mixed = mixed.reshape(*mixed.shape[:2], -1)
         bounds = np.cumsum([layout.lengths[i] for i in queries])[:-1]
         for i, part in zip(queries, jnp.split(mixed, bounds, axis=1), strict=True):
             out[i] = checkpoint_name(part, "attention")
     return [x for x in out if x is not None]
+
+
+def _join_valid(valid: Sequence[jax.Array | None], lengths: Sequence[int], batch: int) -> jax.Array | None:
+    if all(part is None for part in valid):
+        return None
+    parts = [
+        jnp.ones((batch, n), bool) if part is None else jnp.broadcast_to(part, (batch, n))
+        for part, n in zip(valid, lengths, strict=True)
+    ]
+    return jnp.concatenate(parts, axis=1)
 
 
 # ---------------------------------------------------------------------------------------------------- blocks
@@ -331,7 +382,7 @@ class Attention(nnx.Module):
             self.to_add_out = make()
 
     def project(
-        self, x: jax.Array, tables: tuple[jax.Array, jax.Array], kind: str, adapter: Adapter | None
+        self, x: jax.Array, tables: tuple[jax.Array, ...], kind: str, adapter: Adapter | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[B, N, D] -> rotated queries, rotated keys and values, each [B, N, H, E]."""
         if kind == "text":
@@ -388,12 +439,13 @@ class DoubleBlock(nnx.Module):
         self,
         x: list[jax.Array],
         tembs: list[jax.Array],
-        tables: list[tuple[jax.Array, jax.Array]],
+        tables: list[tuple[jax.Array, ...]],
         layout: Layout,
         adapters: dict[str, Adapter],
+        others: Others,
         implementation: Implementation,
-    ) -> list[jax.Array]:
-        """One array [B, n, D] per group of ``layout.double``, same out."""
+    ) -> tuple[list[jax.Array], KeysAndValues]:
+        """One array [B, n, D] per group of ``layout.double`` -> the same, and keys and values per branch."""
         mods, projected = [], []
         for group, h, temb, table in zip(layout.double, x, tembs, tables, strict=True):
             adapter = adapters.get(group.adapter) if group.adapter else None
@@ -404,7 +456,7 @@ class DoubleBlock(nnx.Module):
             mods.append(mod)
             projected.append(self.attn.project(_modulate(h, mod[0], mod[1]), table, group.kind, _at(adapter, "attn")))
         q, k, v = (layout.split(layout.double, [p[i] for p in projected]) for i in range(3))
-        mixed = layout.join(layout.double, _joint_attention(layout, q, k, v, implementation))
+        mixed = layout.join(layout.double, _joint_attention(layout, q, k, v, others, implementation))
         out = []
         for group, h, mod, attended in zip(layout.double, x, mods, mixed, strict=True):
             adapter = adapters.get(group.adapter) if group.adapter else None
@@ -416,7 +468,7 @@ class DoubleBlock(nnx.Module):
                 h = h + gate_attn * self.attn.to_out[0](attended, _linear(adapter, "attn", "to_out", "0"))
                 h = h + gate_mlp * self.ff(_modulate(h, shift, scale), _at(adapter, "ff"))
             out.append(h)
-        return out
+        return out, tuple(zip(k, v, strict=True))
 
 
 class SingleBlock(nnx.Module):
@@ -433,12 +485,13 @@ class SingleBlock(nnx.Module):
         self,
         x: list[jax.Array],
         tembs: list[jax.Array],
-        tables: list[tuple[jax.Array, jax.Array]],
+        tables: list[tuple[jax.Array, ...]],
         layout: Layout,
         adapters: dict[str, Adapter],
+        others: Others,
         implementation: Implementation,
-    ) -> list[jax.Array]:
-        """One array [B, n, D] per group of ``layout.single``, same out."""
+    ) -> tuple[list[jax.Array], KeysAndValues]:
+        """One array [B, n, D] per group of ``layout.single`` -> the same, and keys and values per branch."""
         gates, hidden, projected = [], [], []
         for group, h, temb, table in zip(layout.single, x, tembs, tables, strict=True):
             adapter = adapters.get(group.adapter) if group.adapter else None
@@ -448,13 +501,13 @@ class SingleBlock(nnx.Module):
             hidden.append(jax.nn.gelu(self.proj_mlp(h, _linear(adapter, "proj_mlp")), approximate=True))
             projected.append(self.attn.project(h, table, "image", _at(adapter, "attn")))
         q, k, v = (layout.split(layout.single, [p[i] for p in projected]) for i in range(3))
-        mixed = layout.join(layout.single, _joint_attention(layout, q, k, v, implementation))
+        mixed = layout.join(layout.single, _joint_attention(layout, q, k, v, others, implementation))
         out = []
         for group, h, gate, mlp, attended in zip(layout.single, x, gates, hidden, mixed, strict=True):
             adapter = adapters.get(group.adapter) if group.adapter else None
             joined = jnp.concatenate([attended, mlp], axis=-1)
             out.append(h + gate * self.proj_out(joined, _linear(adapter, "proj_out")))
-        return out
+        return out, tuple(zip(k, v, strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------- model
@@ -503,6 +556,7 @@ class Flux(nnx.Module):
         branches: Sequence[Branch],
         *,
         adapters: Adapters | None = None,
+        memory: Memory | None = None,
         output: int = 1,
         dtype: DTypeLike = jnp.float32,
         implementation: Implementation = "auto",
@@ -517,6 +571,7 @@ class Flux(nnx.Module):
         Args:
           branches: the token streams; keys are laid out in this order.
           adapters: adapters by name; every name that a branch uses must be here.
+          memory: further branches that every branch of the call sees, after its own keys; see ``remember``.
           output: index of the branch whose velocity is returned.
           dtype: compute dtype of matrix products.
           implementation: attention kernel.
@@ -527,8 +582,53 @@ class Flux(nnx.Module):
         Returns:
           [B, N, velocity_channels] float32.
         """
-        adapters = dict(adapters or {})
+        options = Options(dtype, implementation, remat, scan)
         modulation, tembs = self._modulations(branches, dtype)
+        streams, _ = self._run_blocks(branches, modulation, tembs, dict(adapters or {}), memory, options, keep=False)
+        # The published output layer orders its chunks scale, shift, unlike every other modulation.
+        scale, shift = self.norm_out(tembs[modulation[output]], None)
+        return self.proj_out(_modulate(streams[output], shift, scale)).astype(jnp.float32)
+
+    def remember(
+        self,
+        branches: Sequence[Branch],
+        *,
+        adapters: Adapters | None = None,
+        dtype: DTypeLike = jnp.float32,
+        implementation: Implementation = "auto",
+        scan: bool | None = None,
+    ) -> Memory:
+        """Keys and values in every block of branches that see only themselves.
+
+        Calls with this memory and without these branches give what calls with both give, at the price of the
+        other branches alone: in sampling, the conditions run once instead of at every step.
+
+        Raises:
+          UserError: a branch sees another one, so that its keys would change from step to step.
+        """
+        for i, branch in enumerate(branches):
+            if branch.sees != (i,):
+                raise UserError(
+                    f"condition cache: branch {i} sees branches {branch.sees or 'all'}, expected itself alone: only "
+                    "independent conditions have keys and values that stay the same"
+                )
+        modulation, tembs = self._modulations(branches, dtype)
+        options = Options(dtype, implementation, "none", scan)
+        _, kept = self._run_blocks(branches, modulation, tembs, dict(adapters or {}), None, options, keep=True)
+        return Memory(*kept, valid=tuple(b.valid for b in branches))
+
+    def _run_blocks(
+        self,
+        branches: Sequence[Branch],
+        modulation: list[int],
+        tembs: list[jax.Array],
+        adapters: dict[str, Adapter],
+        memory: Memory | None,
+        options: "Options",
+        *,
+        keep: bool,
+    ) -> tuple[list[jax.Array], list[KeysAndValues]]:
+        """The streams after the last block, per branch, and, if kept, keys and values per kind of block and branch."""
         layout = Layout(
             lengths=tuple(b.length for b in branches),
             sees=tuple(tuple(range(len(branches))) if b.sees is None else b.sees for b in branches),
@@ -536,28 +636,28 @@ class Flux(nnx.Module):
             single=_group(branches, modulation, by_kind=False),
         )
         tables = [rope(b.ids, self.config.axes_dims_rope) for b in branches]
-
-        def join_tables(groups: Sequence[Group]) -> list[tuple[jax.Array, jax.Array]]:
-            return [
-                (_join_axis([tables[m][0] for m in g.members]), _join_axis([tables[m][1] for m in g.members]))
-                for g in groups
-            ]
-
-        x = layout.join(layout.double, [self._embed(b, adapters, dtype) for b in branches])
-        x = _run(
-            self.transformer_blocks, x, [tembs[g.modulation] for g in layout.double], join_tables(layout.double),
-            layout, {n: a.at("transformer_blocks") for n, a in adapters.items()}, implementation, remat, scan,
-        )  # fmt: skip
-        x = layout.join(layout.single, layout.split(layout.double, x))
-        x = _run(
-            self.single_transformer_blocks, x, [tembs[g.modulation] for g in layout.single],
-            join_tables(layout.single), layout,
-            {n: a.at("single_transformer_blocks") for n, a in adapters.items()}, implementation, remat, scan,
-        )  # fmt: skip
-        h = layout.split(layout.single, x)[output]
-        # The published output layer orders its chunks scale, shift, unlike every other modulation.
-        scale, shift = self.norm_out(tembs[modulation[output]], None)
-        return self.proj_out(_modulate(h, shift, scale)).astype(jnp.float32)
+        streams = [self._embed(b, adapters, options.dtype) for b in branches]
+        valid = tuple(b.valid for b in branches)
+        kept: list[KeysAndValues] = []
+        for name, groups in (("transformer_blocks", layout.double), ("single_transformer_blocks", layout.single)):
+            remembered: KeysAndValues = ()
+            if memory is not None:
+                remembered = memory.double if name == "transformer_blocks" else memory.single
+            x, keys_and_values = _run(
+                getattr(self, name),
+                layout.join(groups, streams),
+                [tembs[g.modulation] for g in groups],
+                [tuple(_join_axis([tables[m][i] for m in g.members]) for i in range(2)) for g in groups],
+                layout,
+                {n: a.at(name) for n, a in adapters.items()},
+                remembered,
+                Others(valid, remembered=() if memory is None else memory.valid),
+                options,
+                keep=keep,
+            )
+            streams = layout.split(groups, x)
+            kept.append(keys_and_values)
+        return streams, kept
 
     def _modulations(self, branches: Sequence[Branch], dtype: DTypeLike) -> tuple[list[int], list[jax.Array]]:
         """Index of each branch's modulation vector, and the distinct vectors [B, D]."""
@@ -581,30 +681,53 @@ class Flux(nnx.Module):
 
 
 def _join_axis(tables: Sequence[Any]) -> jax.Array:
-    return jnp.concatenate([jnp.asarray(t) for t in tables], axis=-2)
+    arrays = [jnp.asarray(t) for t in tables]
+    lead = max((a.shape[:-2] for a in arrays), key=len)  # positions of some branches may differ per sample
+    return jnp.concatenate([jnp.broadcast_to(a, (*lead, *a.shape[-2:])) for a in arrays], axis=-2)
+
+
+class Options(NamedTuple):
+    """How blocks are computed; see ``Flux.__call__``."""
+
+    dtype: DTypeLike
+    implementation: Implementation
+    remat: Remat
+    scan: bool | None
 
 
 def _run(
     blocks: DoubleBlock | SingleBlock,
     x: list[jax.Array],
     tembs: list[jax.Array],
-    tables: list[tuple[jax.Array, jax.Array]],
+    tables: list[tuple[jax.Array, ...]],
     layout: Layout,
     adapters: dict[str, Adapter],
-    implementation: Implementation,
-    remat: Remat,
-    scan: bool | None,
-) -> list[jax.Array]:
+    remembered: KeysAndValues,
+    others: Others,
+    options: Options,
+    *,
+    keep: bool,
+) -> tuple[list[jax.Array], KeysAndValues]:
+    """All blocks of a kind: the streams after the last one and, if kept, keys and values [L, B, N, H, E] per branch."""
     graphdef, params = layers.split(blocks)
     depth = jax.tree.leaves(params)[0].shape[0]
 
-    def body(x: list[jax.Array], block: tuple[layers.Params, dict[str, Adapter]]) -> tuple[list[jax.Array], None]:
-        params, adapters = block
-        return layers.bind(graphdef, params)(x, tembs, tables, layout, adapters, implementation), None
+    def body(
+        x: list[jax.Array], block: tuple[layers.Params, dict[str, Adapter], KeysAndValues]
+    ) -> tuple[list[jax.Array], KeysAndValues]:
+        params, adapters, remembered = block
+        seen = others._replace(keys=tuple(k for k, _ in remembered), values=tuple(v for _, v in remembered))
+        module = layers.bind(graphdef, params)
+        x, keys_and_values = module(x, tembs, tables, layout, adapters, seen, options.implementation)
+        return x, keys_and_values if keep else ()
 
-    body = _remat(body, remat)
-    if depth > _UNROLLED_DEPTH if scan is None else scan:
-        return jax.lax.scan(body, x, (params, adapters))[0]
+    body = _remat(body, options.remat)
+    stacked = (params, adapters, remembered)
+    if depth > _UNROLLED_DEPTH if options.scan is None else options.scan:
+        x, kept = jax.lax.scan(body, x, stacked)
+        return x, kept
+    every = []
     for i in range(depth):
-        x, _ = body(x, jax.tree.map(lambda leaf, i=i: leaf[i], (params, adapters)))
-    return x
+        x, keys_and_values = body(x, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
+        every.append(keys_and_values)
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *every)

@@ -55,7 +55,6 @@ class Trace:
     sin: list[np.ndarray] = dataclasses.field(default_factory=list)
     double: list[list[jax.Array]] = dataclasses.field(default_factory=list)
     single: list[list[jax.Array]] = dataclasses.field(default_factory=list)
-    attention: list[tuple[Any, ...]] = dataclasses.field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -75,22 +74,15 @@ def traced() -> Iterator[Trace]:
                     [t[0] for t in layout.split(groups, [jnp.asarray(table[i])[None] for table in tables])]
                     for i in range(2)
                 )
-            out = call(self, x, tembs, tables, layout, *rest)
+            out, keys_and_values = call(self, x, tembs, tables, layout, *rest)
             (trace.double if double else trace.single).append(layout.split(groups, out))
-            return out
+            return out, keys_and_values
 
         return wrapped
-
-    attend = flux.attend
-
-    def recording_attend(q: Any, k: Any, v: Any, **options: Any) -> Any:
-        trace.attention.append((q, k, v))
-        return attend(q, k, v, **options)
 
     with (
         mock.patch.object(flux.DoubleBlock, "__call__", recording(flux.DoubleBlock.__call__, True)),
         mock.patch.object(flux.SingleBlock, "__call__", recording(flux.SingleBlock.__call__, False)),
-        mock.patch.object(flux, "attend", recording_attend),
     ):
         yield trace
 

@@ -22,6 +22,8 @@ from safetensors import safe_open
 # (case, file, tensor) of everything that was read in this process; the suite checks that nothing stored goes
 # unread.
 USED: set[tuple[str, str, str]] = set()
+# Every array that was handed out, by identity, with what it is; holding it keeps the identity.
+_ORIGIN: dict[int, tuple[np.ndarray, tuple[str, str, str]]] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,9 @@ class Case:
                 f"the manifest says {entry[name]['shape']}"
             )
         USED.add((self.name, _stem(file), name))
-        return _widen(array)
+        array = _widen(array)
+        _ORIGIN[id(array)] = (array, (self.name, _stem(file), name))
+        return array
 
     def tensors(self, file: str, prefix: str = "") -> dict[str, np.ndarray]:
         """All tensors of a file whose name begins with `prefix`; the prefix is cut off the keys."""
@@ -105,8 +109,29 @@ class Case:
 
 def case(name: str) -> Case:
     """The golden case `name` of the chosen set; a missing folder or manifest is an AssertionError."""
+    root, chosen = _chosen()
+    return _case(name, root / name / chosen)
+
+
+def place() -> str:
+    """Which goldens are read, for messages."""
+    root, chosen = _chosen()
+    return f"{root}, set {chosen}"
+
+
+def origin(array: Any) -> tuple[str, str, str] | None:
+    """(case, file, tensor) of a stored tensor or a view of one, None for anything else."""
+    while isinstance(array, np.ndarray):
+        known = _ORIGIN.get(id(array))
+        if known is not None and known[0] is array:
+            return known[1]
+        array = array.base
+    return None
+
+
+def _chosen() -> tuple[Path, str]:
     root = Path(os.environ.get("NABLA_GOLDEN_DIR", Path(__file__).parent / "data"))
-    return _case(name, root / name / os.environ.get("NABLA_GOLDEN_SET", "dev"))
+    return root, os.environ.get("NABLA_GOLDEN_SET", "dev")
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Two conditions beside the noise on a Kontext-like model: velocity, loss, gradients, a training step."""
+"""Two conditions beside the noise, on Kontext- and schnell-like models: velocity, loss, gradients, a training step."""
 
 import dataclasses
 import functools
@@ -21,9 +21,18 @@ from tests.golden import flux_golden, golden
 GRADIENT_FLOOR = 2e-6
 
 
-@pytest.fixture(scope="module")
-def case() -> golden.Case:
-    return golden.case("omini_kontext")
+@pytest.fixture(scope="module", params=["omini_kontext", "omini_schnell"])
+def case(request) -> golden.Case:
+    return golden.case(request.param)
+
+
+def is_kontext(case: golden.Case) -> bool:
+    return case.name == "omini_kontext"
+
+
+def guidance(case: golden.Case) -> float | None:
+    """Training's guidance scale; None on a model without guidance embedding."""
+    return 1.0 if case.config["transformer"]["guidance_embeds"] else None
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +47,13 @@ def adapters(case, model) -> dict[str, Adapter]:
     return {n: load_adapter(case.path(f"lora_{n}"), params, stacked=flux.STACKED)[0] for n in names}
 
 
+def conditions(data: dict[str, Any], used: list[str | None]) -> list[omini.Condition]:
+    """Subject and spatial control; ``used``: adapter per branch."""
+    return [omini.Condition(data[f"cond{i}_tokens"], data[f"cond{i}_ids"], used[2 + i]) for i in range(2)]
+
+
 def branches(
-    data: dict[str, Any], used: list[str | None], *, independent: bool = False, guidance: Any = 1.0
+    case: golden.Case, data: dict[str, Any], used: list[str | None], *, independent: bool = False
 ) -> list[flux.Branch]:
     """The four branches of a set of inputs; ``used``: adapter per branch."""
     return omini.branches(
@@ -48,11 +62,8 @@ def branches(
         data["x_t"],
         data["img_ids"],
         data["t"],
-        guidance=guidance,
-        conditions=[
-            omini.Condition(data["cond0_tokens"], data["cond0_ids"], used[2]),
-            omini.Condition(data["cond1_tokens"], data["cond1_ids"], used[3]),
-        ],
+        guidance=guidance(case),
+        conditions=conditions(data, used),
         independent=independent,
         adapter=used[1],
     )
@@ -66,7 +77,7 @@ def mask(streams: list[flux.Branch]) -> np.ndarray:
     return out
 
 
-def loss_and_gradients(model, adapters, data, used, independent, remat="none"):
+def loss_and_gradients(case, model, adapters, data, used, independent, remat="none"):
     """((loss, velocity), gradients by adapter) under the reference's frequencies."""
     graphdef, params = model
     chosen = {name: adapters[name] for name in used if name}
@@ -75,7 +86,7 @@ def loss_and_gradients(model, adapters, data, used, independent, remat="none"):
     def run(trees: dict[str, Adapter]):
         def loss(trees: dict[str, Adapter]):
             found = layers.bind(graphdef, params)(
-                branches(data, used, independent=independent), adapters=trees, remat=remat
+                branches(case, data, used, independent=independent), adapters=trees, remat=remat
             )
             return flow.velocity_loss(found, data["x0"], data["x1"]), found
 
@@ -120,17 +131,21 @@ def test_ids_and_times(case) -> None:
     subject, spatial = case.config["subject_grid"], case.config["spatial_grid"]
     np.testing.assert_array_equal(omini.grid_ids(rows, columns), data["img_ids"])
     np.testing.assert_array_equal(omini.grid_ids(*subject), data["cond0_ids_raw"])
-    np.testing.assert_array_equal(omini.grid_ids(*subject, index=1), data["cond0_ids"])
+    np.testing.assert_array_equal(omini.subject_ids(*subject, kontext=is_kontext(case)), data["cond0_ids"])
     np.testing.assert_array_equal(omini.grid_ids(*spatial), data["cond1_ids_raw"])
     np.testing.assert_array_equal(omini.grid_ids(*spatial), data["cond1_ids"])
-    # The batch carries offsets, which Kontext ignores: its subject differs by the index alone.
+    # The batch carries the offset of schnell's subject; Kontext ignores it and its subject differs by the index alone.
     np.testing.assert_array_equal(data["position_delta_0"], [[0, -subject[1]]] * case.config["B"])
     np.testing.assert_array_equal(data["position_delta_1"], np.zeros_like(data["position_delta_1"]))
-    streams = branches(data, [None] * 4)
+    streams = branches(case, data, [None] * 4)
     np.testing.assert_array_equal(streams[0].ids, data["txt_ids"])
     for i, stream in enumerate(streams):
         np.testing.assert_array_equal(stream.time, data[f"timestep_branch{i}"])
-        np.testing.assert_array_equal(stream.guidance, data[f"guidance_branch{i}"])
+        if guidance(case) is None:
+            assert stream.guidance is None
+            assert f"guidance_branch{i}" not in data
+        else:
+            np.testing.assert_array_equal(stream.guidance, data[f"guidance_branch{i}"])
     np.testing.assert_allclose(flow.interpolate(data["x0"], data["x1"], data["t"]), data["x_t"], rtol=0, atol=1e-6)
 
 
@@ -138,9 +153,9 @@ def test_ids_and_times(case) -> None:
 def test_variant(case, model, adapters, variant: str) -> None:
     used, independent = settings(case, variant)
     data = case.tensors("inputs")
-    (loss, found), gradients = loss_and_gradients(model, adapters, data, used, independent)
+    (loss, found), gradients = loss_and_gradients(case, model, adapters, data, used, independent)
     np.testing.assert_array_equal(
-        mask(branches(data, used, independent=independent)), case.tensor(variant, "group_mask")
+        mask(branches(case, data, used, independent=independent)), case.tensor(variant, "group_mask")
     )
     np.testing.assert_allclose(found, case.tensor(variant, "output"), rtol=0, atol=flux_golden.TIGHT)
     np.testing.assert_allclose(loss, case.tensor(variant, "loss"), rtol=3e-6)
@@ -154,7 +169,7 @@ def test_variant(case, model, adapters, variant: str) -> None:
 
 def test_rematerialised_gradients(case, model, adapters) -> None:
     used, independent = settings(case, "base")
-    _, gradients = loss_and_gradients(model, adapters, case.tensors("inputs"), used, independent, remat="full")
+    _, gradients = loss_and_gradients(case, model, adapters, case.tensors("inputs"), used, independent, remat="full")
     check_gradients(published(model[1], gradients["default"]), case.tensors("grads_base_default"))
 
 
@@ -162,7 +177,7 @@ def test_own_frequencies(case, model, adapters) -> None:
     """The production path, nothing injected."""
     graphdef, params = model
     used, _ = settings(case, "base")
-    streams = branches(case.tensors("inputs"), used)
+    streams = branches(case, case.tensors("inputs"), used)
     found = jax.jit(lambda a: layers.bind(graphdef, params)(streams, adapters=a))({"default": adapters["default"]})
     np.testing.assert_allclose(found, case.tensor("base", "output"), rtol=0, atol=flux_golden.ATOL[1.0])
 
@@ -174,14 +189,14 @@ def forward(model, streams, adapters) -> np.ndarray:
 
 
 def test_no_lora(case, model) -> None:
-    found = forward(model, branches(case.tensors("inputs"), [None] * 4), {})
+    found = forward(model, branches(case, case.tensors("inputs"), [None] * 4), {})
     np.testing.assert_allclose(found, case.tensor("no_lora", "output"), rtol=0, atol=flux_golden.TIGHT)
     effect = np.abs(found - case.tensor("base", "output")).max()
     np.testing.assert_allclose(effect, case.scalar("lora_effect"), rtol=1e-4)
 
 
 def test_lora_on_all_branches(case, model, adapters) -> None:
-    found = forward(model, branches(case.tensors("inputs"), ["default"] * 4), adapters)
+    found = forward(model, branches(case, case.tensors("inputs"), ["default"] * 4), adapters)
     np.testing.assert_allclose(found, case.tensor("lora_all_branches", "output"), rtol=0, atol=flux_golden.TIGHT)
 
 
@@ -191,12 +206,12 @@ def test_alpha_other_than_rank(case, model, adapters) -> None:
     config = case.config["variants"]["alpha_ne_r"]
     data = case.tensors("inputs")
     np.testing.assert_array_equal(
-        mask(branches(data, used, independent=independent)), case.tensor("alpha_ne_r", "group_mask")
+        mask(branches(case, data, used, independent=independent)), case.tensor("alpha_ne_r", "group_mask")
     )
 
     def run(scale: float):
         scaled = {"default": dataclasses.replace(adapters["default"], scale=scale)}
-        (loss, found), gradients = loss_and_gradients(model, scaled, data, used, independent)
+        (loss, found), gradients = loss_and_gradients(case, model, scaled, data, used, independent)
         return loss, found, published(model[1], gradients["default"])
 
     loss, found, gradients = run(1.0)
@@ -213,7 +228,7 @@ def test_intermediates(case, model, adapters) -> None:
     if not expected:
         return  # sets made for acceptance hold inputs and outputs only
     graphdef, params = model
-    streams = branches(case.tensors("inputs"), settings(case, "base")[0])
+    streams = branches(case, case.tensors("inputs"), settings(case, "base")[0])
     with flux_golden.reference_frequencies(), flux_golden.traced() as trace:
         layers.bind(graphdef, params)(streams, adapters=adapters, scan=False)
     found = {}
@@ -233,33 +248,41 @@ def test_conditions_that_see_only_themselves_can_be_cached(case, model, adapters
     graphdef, params = model
     data = case.tensors("inputs")
     used, _ = settings(case, "independent")
-    first = branches(data, used, independent=True)
+    first = branches(case, data, used, independent=True)
     expected = case.tensors("kv_cache")
-    with flux_golden.reference_frequencies(), flux_golden.traced() as trace:
-        found = layers.bind(graphdef, params)(first, adapters=adapters, scan=False)
+    with flux_golden.reference_frequencies():
+        found = jax.jit(lambda a: layers.bind(graphdef, params)(first, adapters=a))(adapters)
     np.testing.assert_allclose(found, expected["output_write"], rtol=0, atol=flux_golden.TIGHT)
-    # One attention call per visibility and block: everything for text and noise, then each condition alone.
-    calls = [trace.attention[i : i + 3] for i in range(0, len(trace.attention), 3)]
-    cache = {
-        f"cache.attn{block}.cond{i}.{kind}": np.swapaxes(call[1 + (kind == "v")], 1, 2)
-        for block, (_, *alone) in enumerate(calls)
-        for i, call in enumerate(alone)
-        for kind in ("k", "v")
-    }
+    # Keys and values of the conditions by themselves, as the reference stores them.
+    alone = omini.alone(
+        conditions(data, used), data["pooled_prompt_embeds"], guidance_embeds=guidance(case) is not None
+    )
+    with flux_golden.reference_frequencies():
+        memory = jax.jit(lambda a: layers.bind(graphdef, params).remember(alone, adapters=a))(adapters)
+    cache = {}
+    for i, (double, single) in enumerate(zip(memory.double, memory.single, strict=True)):
+        for kind, first_blocks, last_blocks in zip(("k", "v"), double, single, strict=True):
+            blocks = np.concatenate([first_blocks, last_blocks]).swapaxes(2, 3)
+            cache |= {f"cache.attn{block}.cond{i}.{kind}": value for block, value in enumerate(blocks)}
     assert cache.keys() == {name for name in expected if name.startswith("cache.")}
     for name, value in cache.items():
         np.testing.assert_allclose(value, expected[name], rtol=0, atol=flux_golden.TIGHT, err_msg=name)
-    second = branches({**data, "x_t": expected["x_t2"], "t": expected["t2"]}, used, independent=True)
-    found = forward(model, second, adapters)
+    # The second step: everything again, and with what is remembered.
+    later = {**data, "x_t": expected["x_t2"], "t": expected["t2"]}
+    full = forward(model, branches(case, later, used, independent=True), adapters)
+    with flux_golden.reference_frequencies():
+        short = branches(case, later, used)[:2]
+        read = jax.jit(lambda m: layers.bind(graphdef, params)(short, adapters=adapters, memory=m))(memory)
     for name in ("output_read", "output_full2"):
-        np.testing.assert_allclose(found, expected[name], rtol=0, atol=flux_golden.TIGHT)
+        np.testing.assert_allclose(full, expected[name], rtol=0, atol=flux_golden.TIGHT)
+        np.testing.assert_allclose(read, expected[name], rtol=0, atol=flux_golden.TIGHT)
 
 
 # -------------------------------------------------------------------------- from pictures to the loss
 
 
 @functools.cache
-def encoder(case_name: str = "omini_kontext") -> Any:
+def encoder(case_name: str) -> Any:
     path = golden.case(case_name).external_path("train_step.vae_weights")
     config = autoencoder.AutoencoderKLConfig.from_json(golden.case("vae").config["vae"])
     graphdef, abstract = layers.abstract(lambda rngs: autoencoder.AutoencoderKL(config, rngs=rngs))
@@ -275,17 +298,18 @@ def encoder(case_name: str = "omini_kontext") -> Any:
 
 def test_training_step(case, model, adapters) -> None:
     data = case.tensors("train_step")
-    encode = encoder()
+    encode = encoder(case.name)
     x0 = encode(data["image_u8"], data["vae_eps_image"])
-    conditions = [encode(data[f"condition_{i}_u8"], data[f"vae_eps_cond{i}"]) for i in range(2)]
-    for found, name in ((x0, "x_0"), (conditions[0], "cond0_tokens"), (conditions[1], "cond1_tokens")):
+    pictures = [encode(data[f"condition_{i}_u8"], data[f"vae_eps_cond{i}"]) for i in range(2)]
+    for found, name in ((x0, "x_0"), (pictures[0], "cond0_tokens"), (pictures[1], "cond1_tokens")):
         np.testing.assert_allclose(found, data[name], rtol=0, atol=1e-5, err_msg=name)
     time = jax.nn.sigmoid(data["t_logit"])
     np.testing.assert_allclose(time, data["t"], rtol=0, atol=1e-7)
     x_t = flow.interpolate(x0, data["x_1"], time)
     np.testing.assert_allclose(x_t, data["x_t"], rtol=0, atol=1e-5)
     rows, columns = (n // 16 for n in data["image_u8"].shape[-2:])
-    ids = [omini.grid_ids(rows, columns, index=i) for i in (0, 1, 0)]
+    grid = omini.grid_ids(rows, columns)
+    ids = [grid, omini.subject_ids(rows, columns, kontext=is_kontext(case)), grid]
     for found, name in zip(ids, ("img_ids", "cond0_ids", "cond1_ids"), strict=True):
         np.testing.assert_array_equal(found, data[name])
     np.testing.assert_array_equal(data["position_delta_0"], [[0, -columns]] * len(x0))
@@ -301,11 +325,11 @@ def test_training_step(case, model, adapters) -> None:
         "img_ids": ids[0],
         "cond0_ids": ids[1],
         "cond1_ids": ids[2],
-        "cond0_tokens": conditions[0],
-        "cond1_tokens": conditions[1],
+        "cond0_tokens": pictures[0],
+        "cond1_tokens": pictures[1],
     }
     used = [None, None, "default", "default"]
-    (loss, prediction), gradients = loss_and_gradients(model, adapters, ours, used, False)
+    (loss, prediction), gradients = loss_and_gradients(case, model, adapters, ours, used, False)
     # Rounding of the autoencoder (5e-6) passes through the transformer on top of its own.
     np.testing.assert_allclose(prediction, data["pred"], rtol=0, atol=2 * flux_golden.TIGHT)
     np.testing.assert_allclose(loss, data["loss"], rtol=1e-5)

@@ -1,0 +1,204 @@
+"""FLUX.1-Fill with an adapter on the whole sequence: velocity, gradients, a training step, the sampling loop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nabla_jax import api, flow
+from nabla_jax.checkpoints.adapters import load_adapter
+from nabla_jax.checkpoints.safetensors_io import load_tree
+from nabla_jax.conditioning import diptych, omini
+from nabla_jax.models import autoencoder, flux, layers
+from nabla_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
+from tests.golden import flux_golden, golden
+from tests.golden.test_omini import check_gradients, published
+
+MASKS = ("mask", "depth_as_mask")
+
+
+@pytest.fixture(scope="module")
+def case() -> golden.Case:
+    return golden.case("insert_fill")
+
+
+def load(case: golden.Case):
+    """(graphdef, parameters, adapters by name)."""
+    graphdef, params = flux_golden.load(case.external_path("weights"), case.config["transformer"])
+    adapter, metadata = load_adapter(case.path("lora_default"), params, stacked=flux.STACKED)
+    # The published file does not say alpha; the factor it was made with is in the manifest.
+    scale = case.config["lora"]["scaling"]
+    assert metadata.rank == case.config["lora"]["r"]
+    assert scale == case.config["lora"]["lora_alpha"] / case.config["lora"]["r"]
+    return graphdef, params, {"default": type(adapter)(adapter.params, scale)}
+
+
+@pytest.fixture(scope="module")
+def model(case):
+    return load(case)
+
+
+def streams(data, grid, name: str | None, mask=None):
+    """Text and picture of a set of inputs; ``mask`` [B, N, 256] instead of the stored one."""
+    masked = data["src_latents"] if "src_latents" in data else data["src_tokens"]
+    stored = data["mask_latents"] if "mask_latents" in data else data["mask_tokens"]
+    return diptych.branches(
+        data["prompt_embeds"],
+        data["pooled"],
+        data["x_t"],
+        masked,
+        (stored if mask is None else mask).astype(np.float32),
+        grid,
+        data["t"],
+        guidance=data["guidance"],
+        adapter=name,
+    )
+
+
+def loss_and_gradients(model, branches, x0, x1):
+    """((loss, velocity), gradients) under the reference's frequencies."""
+    graphdef, params, adapters = model
+
+    @jax.jit
+    def run(trees):
+        def loss(trees):
+            found = layers.bind(graphdef, params)(branches, adapters=trees)
+            return flow.velocity_loss(found, x0, x1), found
+
+        return jax.value_and_grad(loss, has_aux=True)(trees)
+
+    with flux_golden.reference_frequencies():
+        return run(adapters)
+
+
+def unscaled(model, gradient):
+    """Gradients by the names of adapter files."""
+    return published(model[1], gradient["default"])
+
+
+def test_forward(case, model) -> None:
+    data = case.tensors("forward")
+    np.testing.assert_allclose(flow.interpolate(data["x0"], data["x1"], data["t"]), data["x_t"], rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(omini.grid_ids(*case.config["grid"]), data["img_ids"])
+    embeds, pooled = diptych.prompt(data["redux_tokens"], case.config["T_zero_text"], data["pooled"].shape[-1])
+    np.testing.assert_array_equal(embeds, data["prompt_embeds"])
+    np.testing.assert_array_equal(pooled, np.zeros_like(data["pooled"]))
+    branches = streams(data, case.config["grid"], "default")
+    np.testing.assert_array_equal(branches[0].ids, data["txt_ids"])
+    (loss, found), gradient = loss_and_gradients(model, branches, data["x0"], data["x1"])
+    np.testing.assert_allclose(found, data["output"], rtol=0, atol=flux_golden.TIGHT)
+    np.testing.assert_allclose(loss, data["loss"], rtol=3e-6)
+    np.testing.assert_allclose(loss, case.scalar("loss"), rtol=3e-6)
+    grads = unscaled(model, gradient)
+    check_gradients(grads, case.tensors("grads_forward"))
+    norm = np.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in grads.values()))
+    np.testing.assert_allclose(norm, case.scalar("grad_norm"), rtol=1e-5)
+
+
+def test_without_the_adapter_and_with_own_frequencies(case, model) -> None:
+    graphdef, params, adapters = model
+    data = case.tensors("forward")
+    for name, stored in ((None, "output_no_lora"), ("default", "output")):
+        branches = streams(data, case.config["grid"], name)
+        found = jax.jit(lambda a, b=branches: layers.bind(graphdef, params)(b, adapters=a))(adapters)
+        tolerance = flux_golden.atol(data["guidance"])
+        np.testing.assert_allclose(found, data[stored], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("source", MASKS)
+def test_training_step(case, model, source: str) -> None:
+    """The step from the latents on; the mask is the one that is handed in, be it a silhouette or a depth map."""
+    shared = {
+        name: case.tensor("train_step_mask", name)
+        for name in ("x_0", "x_1", "x_t", "t", "t_logit", "src_tokens", "prompt_embeds", "pooled", "guidance")
+    }
+    own = {name: case.tensor(f"train_step_{source}", name) for name in ("mask_u8", "mask_tokens", "pred", "loss")}
+    time = jax.nn.sigmoid(shared["t_logit"])
+    np.testing.assert_allclose(time, shared["t"], rtol=0, atol=1e-7)
+    x_t = flow.interpolate(shared["x_0"], shared["x_1"], shared["t"])
+    np.testing.assert_allclose(x_t, shared["x_t"], rtol=0, atol=1e-6)
+    mask = diptych.fold_mask(jnp.asarray(own["mask_u8"][:, 0], jnp.float32) / 255)
+    np.testing.assert_array_equal(mask, own["mask_tokens"])
+    grid = tuple(n // 16 for n in own["mask_u8"].shape[-2:])
+    branches = streams({**shared, "mask_tokens": own["mask_tokens"]}, grid, "default", mask)
+    np.testing.assert_array_equal(branches[0].ids, case.tensor("train_step_mask", "txt_ids"))
+    np.testing.assert_array_equal(branches[1].ids, case.tensor("train_step_mask", "img_ids"))
+    (loss, found), gradient = loss_and_gradients(model, branches, shared["x_0"], shared["x_1"])
+    np.testing.assert_allclose(found, own["pred"], rtol=0, atol=flux_golden.TIGHT)
+    np.testing.assert_allclose(loss, own["loss"], rtol=3e-6)
+    np.testing.assert_allclose(loss, case.scalar(f"train_step_{source}.loss"), rtol=3e-6)
+    check_gradients(unscaled(model, gradient), case.tensors(f"grads_train_step_{source}"))
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+
+
+@pytest.fixture(scope="module")
+def sampling() -> golden.Case:
+    return golden.case("sampling_fill")
+
+
+@pytest.fixture(scope="module")
+def vae(sampling):
+    config = AutoencoderKLConfig.from_json(golden.case("vae").config["vae"])
+    graphdef, abstract = layers.abstract(lambda rngs: AutoencoderKL(config, rngs=rngs))
+    params = load_tree(sampling.external_path("vae"), abstract, dtype=jnp.float32)
+    return config, layers.bind(graphdef, params)
+
+
+def test_masked_picture_and_mask(sampling, vae) -> None:
+    """Grey where the mask hides the picture, its latents beside the folded mask."""
+    config, model = vae
+    data = sampling.tensors("fill")
+    picture = np.moveaxis(data["image"], -1, 1).astype(np.float32) / 255 * 2 - 1
+    mask = data["mask"][..., 0].astype(np.float32) / 255
+    moments = jax.jit(model.encode)(diptych.hide(picture, mask))
+    tokens = flow.pack(autoencoder.sample_latents(moments, data["vae_eps"], config))
+    found = np.concatenate([tokens, diptych.fold_mask(mask)], axis=-1)
+    np.testing.assert_allclose(found, data["masked_image_and_mask_latents"], rtol=0, atol=1e-5)
+
+
+def test_every_step(sampling, vae) -> None:
+    graphdef, params, adapters = load(sampling)
+    config, autoencoder_model = vae
+    data = sampling.tensors("fill")
+    height, width = sampling.config["height"], sampling.config["width"]
+    grid = (height // 16, width // 16)
+    sigmas = flow.sigmas(sampling.config["scheduler"], sampling.config["steps"], grid[0] * grid[1])
+    np.testing.assert_allclose(sigmas, data["sigmas"], rtol=0, atol=1e-7)
+    np.testing.assert_allclose(sigmas[:-1] * 1000, data["timesteps"], rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(omini.grid_ids(*grid), data["img_ids"])
+    masked, mask = np.split(data["masked_image_and_mask_latents"], [64], axis=-1)
+    batch = data["latents"].shape[0]
+
+    def branches(latents: jax.Array, sigma: jax.Array) -> list[flux.Branch]:
+        time = jnp.full(batch, sigma)
+        guidance = sampling.config["guidance_scale"]
+        return diptych.branches(
+            data["prompt_embeds"], data["pooled"], latents, masked, mask, grid, time, guidance=guidance,
+            adapter="default",
+        )  # fmt: skip
+
+    def velocity(latents: jax.Array, sigma: jax.Array) -> jax.Array:
+        return layers.bind(graphdef, params)(branches(latents, sigma), adapters=adapters)
+
+    text, picture = branches(data["latents"], sigmas[0])
+    np.testing.assert_array_equal(text.ids, data["txt_ids"])
+    np.testing.assert_array_equal(picture.time, data["first_timestep_in"])
+    np.testing.assert_array_equal(picture.guidance, data["guidance_in"])
+    state = data["latents"]
+    with flux_golden.reference_frequencies():
+        step = jax.jit(lambda x, pair: flow.euler(velocity, x, pair))
+        for i in range(sampling.config["steps"]):
+            state = step(state, sigmas[i : i + 2])
+            np.testing.assert_allclose(state, data[f"step{i}"], rtol=0, atol=2 * flux_golden.TIGHT, err_msg=f"step {i}")
+    # The production loop with our own frequencies; then the picture.
+    final = jax.jit(lambda x: flow.euler(velocity, x, sigmas))(data["latents"])
+    loose = 2 * flux_golden.atol(sampling.config["guidance_scale"])
+    np.testing.assert_allclose(final, data[f"step{sampling.config['steps'] - 1}"], rtol=0, atol=loose)
+    latents = flow.unpack(state, height // 8, width // 8)
+    decoded = jax.jit(autoencoder_model.decode)(autoencoder.unscale(latents, config))
+    np.testing.assert_allclose(decoded, data["decoded"], rtol=0, atol=5e-5)
+    grey = api.to_pixels(decoded).astype(int)
+    assert np.abs(grey - data["decoded_uint8"]).max() <= 1
+    assert (grey != data["decoded_uint8"]).mean() < 1e-3
