@@ -53,7 +53,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Reposer:
-    """A loaded base with at most one adapter; made by ``load``."""
+    """A loaded base with an adapter, with one each for subject and control, or with none; made by ``load``."""
 
     conditioning: Conditioning
     defaults: Sample
@@ -71,6 +71,8 @@ class Reposer:
     sampler: Callable[..., jax.Array]
     encode: Callable[[layers.Params, jax.Array], jax.Array]
     decode: Callable[[layers.Params, jax.Array], jax.Array]
+    control_path: Path | None = None
+    control_sha256: str | None = None
 
     def repose(
         self,
@@ -152,13 +154,20 @@ class Reposer:
         height, width = np.shape(batch["subject"])[-2:]
         levels = flow.sigmas(self.schedule, sample.steps, height * width // flow.path.PATCH**2)
         with jax.set_mesh(self.mesh):
+            inputs = dict(batch)
+            image_guidance = []
+            if sample.image_guidance != 1:
+                size = self.conditioning.size
+                inputs["empty"] = self._moments([np.zeros((size, size, 3), np.uint8)] * len(inputs["sample"]))
+                image_guidance = [jnp.float32(sample.image_guidance)]
             latents = self.sampler(
                 self.base,
                 self.adapters,
-                meshes.put_batch(dict(batch), self.mesh),
+                meshes.put_batch(inputs, self.mesh),
                 jnp.asarray(levels),
                 jnp.float32(sample.guidance),
                 jnp.uint32(sample.seed),
+                *image_guidance,
             )
             return to_pixels(self.decode(self.vae.params, latents))
 
@@ -180,6 +189,8 @@ def load(
     base: str | os.PathLike[str] = assets.DEFAULT_BASE,
     adapter: str | os.PathLike[str] | None = None,
     *,
+    control_adapter: str | os.PathLike[str] | None = None,
+    cache: bool | None = None,
     conditioning: Conditioning | None = None,
     sample: Sample | None = None,
     dtype: str | None = None,
@@ -190,12 +201,16 @@ def load(
       base: diffusers-layout folder or ``asset:NAME``.
       adapter: a safetensors file, a training run's folder (its newest adapter), ``asset:NAME``, or None for
         the bare base.
+      control_adapter: the control's own adapter, if ``adapter`` is the subject's alone.
+      cache: whether the conditions' keys and values are computed once and serve all steps. None: exactly when the
+        adapter was trained with independent conditions; True asks for it.
       conditioning: how conditions are made; default from the adapter's metadata. What the two disagree on
         is an error.
       sample: default settings of sampling; otherwise from the adapter's metadata.
       dtype: float32 or bfloat16; default bfloat16 on accelerators and float32 on CPU.
 
-    Raises UserError when something is missing or the adapter belongs to another base.
+    Raises UserError when something is missing, the adapter belongs to another base, or the cache is asked for with an
+    adapter whose conditions see text and noise.
     """
     folder = assets.resolve(base)
     pipeline.check_folder(folder)
@@ -207,6 +222,12 @@ def load(
         metadata = adapter_files.read_metadata(adapter_path)
         check_adapter(adapter_path, metadata, folder, base_sha256, conditioning)
     conditioning = conditioning or _conditioning(metadata, adapter_path)
+    control_path = None if control_adapter is None else find_adapter(control_adapter)
+    if control_path is not None:
+        if adapter_path is None:
+            raise UserError(f"{control_path}: the control's adapter needs the subject's beside it, found none")
+        check_adapter(control_path, adapter_files.read_metadata(control_path), folder, base_sha256, conditioning)
+    _check_cache(cache, conditioning, adapter_path)
     sample = sample or _sample(metadata)
 
     mesh = meshes.data_mesh()
@@ -216,9 +237,24 @@ def load(
     if adapter_path is not None:
         loaded, _ = adapter_files.load_adapter(adapter_path, transformer.params, stacked=flux.STACKED)
         adapters = {adapter_path.stem: jax.device_put(loaded, sharding)}
+    control_name = None
+    if control_path is not None:
+        # Two files of one name are two adapters.
+        control_name = f"{control_path.stem} (control)"
+        loaded, _ = adapter_files.load_adapter(control_path, transformer.params, stacked=flux.STACKED)
+        adapters[control_name] = jax.device_put(loaded, sharding)
     vae = pipeline.load_vae(folder, sharding=sharding)
     embeds, pooled = encode_prompts(folder, [conditioning.prompt], conditioning.text_length)
-    method = make_method(transformer, vae.config, conditioning, adapter_path.stem if adapter_path else None, dtype)
+    name = adapter_path.stem if adapter_path else None
+    method = make_method(
+        transformer,
+        vae.config,
+        conditioning,
+        name,
+        dtype,
+        control_adapter=control_name,
+        kontext=pipeline.is_kontext(folder),
+    )
     return Reposer(
         conditioning=conditioning,
         defaults=sample,
@@ -236,6 +272,8 @@ def load(
         sampler=reposing.make_sampler(method),
         encode=make_encoder(vae),
         decode=make_decoder(vae),
+        control_path=control_path,
+        control_sha256=file_sha256(control_path) if control_path else None,
     )
 
 
@@ -246,6 +284,9 @@ def make_method(
     adapter: str | None,
     dtype: str,
     remat: flux.Remat = "none",
+    *,
+    control_adapter: str | None = None,
+    kontext: bool = True,
 ) -> reposing.Method:
     """The static part of the forward pass of a loaded base."""
     return reposing.Method(
@@ -256,6 +297,8 @@ def make_method(
         guidance_embeds=transformer.config.guidance_embeds,
         dtype=dtype,
         remat=remat,
+        control_adapter=control_adapter,
+        kontext=kontext,
     )
 
 
@@ -319,14 +362,29 @@ def check_adapter(
             f"{path}: adapter for another base: trained on {metadata.base or 'unnamed'} (transformer sha256 "
             f"{metadata.base_sha256[:12]}), found {base} ({base_sha256[:12]})"
         )
-    if metadata.applies_to != "condition":
-        raise UserError(f"{path}: applies_to: found {metadata.applies_to!r}, expected 'condition'")
+    if metadata.applies_to == "all":
+        raise UserError(f"{path}: applies_to: found 'all' (the whole sequence), expected 'condition'")
     if conditioning is None or not metadata.size:
         return
     for field in ("control", "caption", "prompt", "text_length", "size", "independent_conditions"):
         trained, asked = getattr(metadata, field), getattr(conditioning, field)
         if trained != asked:
             raise UserError(f"{path}: trained with {field} {trained!r}, the configuration asks for {asked!r}")
+
+
+def _check_cache(cache: bool | None, conditioning: Conditioning, path: Path | None) -> None:
+    if cache is None or cache == conditioning.independent_conditions:
+        return
+    found = "true" if conditioning.independent_conditions else "false"
+    reason = (
+        "its conditions see text and noise, so that their keys and values change from step to step"
+        if cache
+        else "its conditions see themselves only, and then the cache is always used: it changes nothing but the time"
+    )
+    raise UserError(
+        f"{path or 'the bare base'}: condition cache: found independent_conditions {found}, expected "
+        f"{str(cache).lower()} for cache={cache}: {reason}"
+    )
 
 
 def _conditioning(metadata: adapter_files.AdapterMetadata | None, path: Path | None) -> Conditioning:

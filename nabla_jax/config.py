@@ -100,6 +100,9 @@ class Sample:
     guidance: float = 2.5
     seed: int = 42
     batch: int = 4
+    image_guidance: float = (
+        1.0  # how strongly the pictures are followed, against black ones; other than 1: twice the work
+    )
 
 
 @dataclasses.dataclass(frozen=True)

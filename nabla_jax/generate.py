@@ -54,6 +54,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         default="none",
         help="safetensors file, training run, asset:NAME, or none for the bare base",
     )
+    add("--control_adapter", help="the control's own adapter, if --adapter is the subject's alone")
     add("--out", required=True, type=Path, help="folder for benchmarks, or the file of one picture")
     add("--benchmark", action="append", default=[], metavar="NAME", help="only this one; repeatable")
     add("--subjects", default=",".join(KINDS), help="right, shuffled or both (right,shuffled)")
@@ -69,13 +70,14 @@ def _benchmarks(config: configs.Config, arguments: argparse.Namespace) -> list[s
     return list(arguments.benchmark or config.benchmarks)
 
 
-def _load(config: configs.Config, adapter: str) -> "api.Reposer":
+def _load(config: configs.Config, adapter: str, control_adapter: str | None) -> "api.Reposer":
     # Imported after the checks: a mistake in the configuration is answered before any framework loads.
     from nabla_jax import api
 
     return api.load(
         config.base.path,
         None if adapter == api.NO_ADAPTER else adapter,
+        control_adapter=control_adapter,
         conditioning=config.conditioning,
         sample=config.sample,
         dtype=config.train.dtype,
@@ -93,7 +95,9 @@ def _make_one(config: configs.Config, arguments: argparse.Namespace) -> None:
         raise UserError(f"--out: found {arguments.out}, expected the name of a .png, .jpg or .webp file")
     with runs.writing(arguments.out.parent):
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    result = _load(config, arguments.adapter).repose(subject[0], target[0], subject[1], target[1])
+    result = _load(config, arguments.adapter, arguments.control_adapter).repose(
+        subject[0], target[0], subject[1], target[1]
+    )
     write_image(np.asarray(result), arguments.out)
     print(arguments.out)
 
@@ -131,7 +135,8 @@ def _make_benchmarks(config: configs.Config, arguments: argparse.Namespace) -> N
     with runs.writing(arguments.out):
         arguments.out.mkdir(parents=True, exist_ok=True)
     with runs.lock(arguments.out / ".lock", f"--out {arguments.out}"):
-        reposer = _load(config, "none" if arguments.reference else arguments.adapter)
+        chosen = ("none", None) if arguments.reference else (arguments.adapter, arguments.control_adapter)
+        reposer = _load(config, *chosen)
         settings = _settings(config, reposer, arguments)
         for work in works:
             maker = _ceiling_maker(reposer, work, config) if arguments.reference else _maker(reposer, work, config)
@@ -163,7 +168,13 @@ def read_works(
 
 def _settings(config: configs.Config, reposer: "api.Reposer", arguments: argparse.Namespace) -> dict[str, Any]:
     """The fields of a manifest row that every picture of a set shares."""
-    return {
+    # Named only where they are in use, so that older sets of pictures can be continued.
+    further = {}
+    if reposer.control_path is not None:
+        further = {"control_adapter": str(reposer.control_path), "control_adapter_sha256": reposer.control_sha256}
+    if config.sample.image_guidance != 1:
+        further["image_guidance"] = config.sample.image_guidance
+    return further | {
         "seed": config.sample.seed,
         "steps": config.sample.steps,
         "guidance": config.sample.guidance,

@@ -5,7 +5,7 @@ batch, C latent channels, h w latent height and width, N tokens (h/2 * w/2), T t
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from flax import nnx
 
 from nabla_jax import draws, flow
 from nabla_jax.conditioning import omini
+from nabla_jax.errors import UserError
 from nabla_jax.models import flux, layers
 from nabla_jax.models.autoencoder import AutoencoderKLConfig, sample_latents
 from nabla_jax.models.lora import Adapter
@@ -31,7 +32,9 @@ class Method:
       transformer: graph of the FLUX transformer.
       vae: the autoencoder's configuration.
       adapter: name of the adapter on both conditions, or None for the bare base.
-      independent: conditions see themselves only.
+      control_adapter: name of the control's adapter where it is another than the subject's; None where it is not.
+      kontext: whether the base knows a second picture, as FLUX.1-Kontext does (see ``omini.subject_ids``).
+      independent: conditions see themselves only; sampling then computes their keys and values once.
       guidance_embeds: whether the transformer takes a guidance scale.
       dtype: of matrix products.
       remat: what the backward pass keeps.
@@ -44,6 +47,15 @@ class Method:
     guidance_embeds: bool
     dtype: str = "float32"
     remat: flux.Remat = "none"
+    control_adapter: str | None = None
+    kontext: bool = True
+
+    def conditions(self, subject: jax.Array, control: jax.Array, grid: tuple[int, int]) -> list[omini.Condition]:
+        """Subject and control, packed latents [B, N, 4C], on a grid (height, width) in tokens."""
+        return [
+            omini.Condition(subject, omini.subject_ids(*grid, kontext=self.kontext), self.adapter),
+            omini.Condition(control, omini.grid_ids(*grid), self.control_adapter or self.adapter),
+        ]
 
 
 def predict(
@@ -52,8 +64,7 @@ def predict(
     adapters: Adapters,
     noisy: jax.Array,
     time: jax.Array,
-    subject: jax.Array,
-    control: jax.Array,
+    conditions: Sequence[omini.Condition] | flux.Memory,
     text: tuple[jax.Array, jax.Array],
     guidance: float | jax.Array,
     grid: tuple[int, int],
@@ -61,8 +72,9 @@ def predict(
     """The velocity at ``noisy``.
 
     Args:
-      noisy, subject, control: [B, N, 4C] packed latents.
+      noisy: [B, N, 4C] packed latents.
       time: [B].
+      conditions: subject and control, or what ``remember`` returned for them.
       text: prompt embeddings [B, T, E] and pooled vector [B, P].
       guidance: scale on text and noise; ignored by transformers without guidance embedding.
       grid: (height, width) in tokens, N = height * width.
@@ -70,21 +82,36 @@ def predict(
     Returns:
       [B, N, 4C] float32.
     """
-    conditions = [
-        omini.Condition(subject, omini.grid_ids(*grid, index=1), method.adapter),
-        omini.Condition(control, omini.grid_ids(*grid), method.adapter),
-    ]
+    remembered = isinstance(conditions, flux.Memory)
     branches = omini.branches(
         *text,
         noisy,
         omini.grid_ids(*grid),
         time,
         guidance=guidance if method.guidance_embeds else None,
-        conditions=conditions,
+        conditions=() if remembered else conditions,
         independent=method.independent,
     )
     model = layers.bind(method.transformer, base)
-    return model(branches, adapters=adapters, dtype=jnp.dtype(method.dtype), remat=method.remat)
+    memory = conditions if remembered else None
+    return model(branches, adapters=adapters, memory=memory, dtype=jnp.dtype(method.dtype), remat=method.remat)
+
+
+def remember(
+    method: Method, base: layers.Params, adapters: Adapters, conditions: Sequence[omini.Condition], pooled: jax.Array
+) -> flux.Memory:
+    """Keys and values of independent conditions, for ``predict``.
+
+    Raises UserError for a method whose conditions are not independent: they were trained to see text and noise.
+    """
+    if not method.independent:
+        raise UserError(
+            "condition cache: found independent_conditions false, expected true: the adapter's conditions see text and "
+            "noise, so that their keys and values change from step to step"
+        )
+    alone = omini.alone(conditions, pooled, guidance_embeds=method.guidance_embeds)
+    model = layers.bind(method.transformer, base)
+    return model.remember(alone, adapters=adapters, dtype=jnp.dtype(method.dtype))
 
 
 def condition_tokens(
@@ -127,7 +154,8 @@ def loss(
     noisy = flow.interpolate(x0, x1, time)
     text = (batch["prompt_embeds"], batch["pooled"])
     grid = (height // flow.path.PATCH, width // flow.path.PATCH)
-    prediction = predict(method, base, adapters, noisy, time, subject, control, text, guidance, grid)
+    conditions = method.conditions(subject, control, grid)
+    prediction = predict(method, base, adapters, noisy, time, conditions, text, guidance, grid)
     weight = None if foreground_weight == 1 else flow.foreground_weight(batch["mask"], foreground_weight)
     return flow.velocity_loss(prediction, x0, x1, weight)
 
@@ -140,15 +168,18 @@ def sample(
     sigmas: np.ndarray | jax.Array,
     guidance: jax.Array,
     seed: jax.Array,
+    image_guidance: jax.Array | None = None,
 ) -> jax.Array:
     """Draws the latents of a batch of pictures by Euler's method, as one scan.
 
     Args:
       batch: ``subject``, ``control`` moments [B, 2C, h, w]; ``prompt_embeds``; ``pooled``; ``sample`` [B]
-        numbers.
+        numbers; ``empty`` moments [B, 2C, h, w] of black pictures where image guidance is asked for.
       sigmas: [steps + 1] noise levels from 1 down to 0.
       guidance: float32 scalar or [B].
       seed: integer scalar; with the number of a picture it fixes the picture.
+      image_guidance: float32 scalar or None: how strongly the conditions are followed, against black pictures in
+        their places; twice the work (see ``omini.image_guided``).
 
     Returns:
       Scaled latents [B, C, h, w] float32.
@@ -160,14 +191,27 @@ def sample(
     scale = jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), numbers.shape)
     text = (batch["prompt_embeds"], batch["pooled"])
 
+    def prepared(subject: jax.Array, control: jax.Array) -> Sequence[omini.Condition] | flux.Memory:
+        conditions = method.conditions(subject, control, grid)
+        return remember(method, base, adapters, conditions, text[1]) if method.independent else conditions
+
+    shown = prepared(subject, control)
+    empty = (
+        None if image_guidance is None else prepared(*condition_tokens(method, *[batch["empty"]] * 2, seed, numbers))
+    )
+
     def velocity(noisy: jax.Array, sigma: jax.Array) -> jax.Array:
         time = jnp.full(numbers.shape, sigma)
-        return predict(method, base, adapters, noisy, time, subject, control, text, scale, grid)
+        followed = predict(method, base, adapters, noisy, time, shown, text, scale, grid)
+        if empty is None or image_guidance is None:
+            return followed
+        without = predict(method, base, adapters, noisy, time, empty, text, scale, grid)
+        return omini.image_guided(followed, without, image_guidance)
 
     start = draws.normal(draws.keys(seed, numbers, draws.NOISE), subject.shape[1:])
     return flow.unpack(flow.euler(velocity, start, jnp.asarray(sigmas)), height, width)
 
 
 def make_sampler(method: Method) -> Callable[..., jax.Array]:
-    """``sample`` compiled for one method: (base, adapters, batch, sigmas, guidance, seed) -> latents."""
+    """``sample`` compiled for one method: (base, adapters, batch, sigmas, guidance, seed[, image]) -> latents."""
     return jax.jit(lambda *arguments: sample(method, *arguments))

@@ -44,6 +44,7 @@ CONTINUABLE = frozenset(
         "sample.guidance",
         "sample.seed",
         "sample.batch",
+        "sample.image_guidance",
     )
 )
 

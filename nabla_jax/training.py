@@ -42,7 +42,13 @@ def load_method(config: Config, sharding: NamedSharding) -> tuple[reposing.Metho
     transformer = pipeline.load_transformer(folder, dtype=jnp.dtype(config.train.dtype), sharding=sharding)
     vae_config = AutoencoderKLConfig.from_json(folder / "vae" / "config.json")
     method = api.make_method(
-        transformer, vae_config, config.conditioning, config.lora.name, config.train.dtype, _remat(config)
+        transformer,
+        vae_config,
+        config.conditioning,
+        config.lora.name,
+        config.train.dtype,
+        _remat(config),
+        kontext=pipeline.is_kontext(folder),
     )
     return method, transformer.params
 

@@ -138,9 +138,9 @@ def recognise(names: Iterable[str], path: object) -> tuple[str, list[Entry]]:
             "transformer.transformer_blocks.0.attn.to_q.lora_A.weight or "
             "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"
         )
-    halves = [m for m, kinds in found.items() if not {"lora_A", "lora_B"} <= kinds.keys()]
-    if halves:
-        raise UserError(f"{path}: only one of lora_A (lora_down) and lora_B (lora_up) for {collapse(sorted(halves))}")
+    missing = [_missing(module, kinds) for module, kinds in found.items() if not {"lora_A", "lora_B"} <= kinds.keys()]
+    if missing:
+        raise UserError(f"{path}: {len(missing)} missing: {collapse(sorted(missing))}")
     formats = sorted({style for style, _ in homes.values()})
     if len(formats) > 1:
         raise UserError(f"{path}: the names mix the formats {', '.join(formats)}, expected one")
@@ -150,6 +150,15 @@ def recognise(names: Iterable[str], path: object) -> tuple[str, list[Entry]]:
     if twice:
         raise UserError(f"{path}: more than one pair of matrices for {collapse(twice)}")
     return formats[0], entries
+
+
+def _missing(module: str, kinds: Mapping[str, str]) -> str:
+    """The name of the matrix that a linear lacks."""
+    for there, lacking in (("A", "B"), ("B", "A"), ("down", "up"), ("up", "down")):
+        for name in kinds.values():
+            if re.search(rf"lora[._]{there}\b", name):
+                return re.sub(rf"(lora[._]){there}\b", rf"\g<1>{lacking}", name)
+    return f"{module}.lora_A.weight"
 
 
 def _kind(name: str) -> tuple[str | None, str]:

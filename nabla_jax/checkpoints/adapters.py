@@ -222,8 +222,9 @@ def check_fits(
         rank = pair.lora_A.shape[0]
         for matrix, shape in zip(Pair._fields, ((rank, in_features), (out_features, rank)), strict=True):
             if getattr(pair, matrix).shape != shape:
-                wrong.append(f"{name}.{matrix}: found {getattr(pair, matrix).shape}, expected {shape}")
-    problems = [f"{len(missing)} missing: {collapse(missing)}"] if missing else []
+                found = getattr(pair, matrix).shape
+                wrong.append(f"transformer.{name}.{matrix}.weight: found {found}, expected {shape}")
+    problems = [f"{len(missing)} linears missing: {collapse(missing)}"] if missing else []
     if extra:
         problems.append(f"{len(extra)} not expected: {collapse(extra)}")
     if wrong:

@@ -165,6 +165,12 @@ def vae_config(folder: StrPath) -> AutoencoderKLConfig:
     return config
 
 
+def is_kontext(folder: StrPath) -> bool:
+    """Whether a pipeline folder holds FLUX.1-Kontext, by the class that its index names."""
+    index = json.loads(_existing(Path(folder) / "model_index.json").read_text(encoding="utf-8"))
+    return bool(index["_class_name"] == "FluxKontextPipeline")
+
+
 def check_folder(folder: StrPath) -> None:
     """Raises one UserError listing everything that is missing or does not fit, without reading weights.
 

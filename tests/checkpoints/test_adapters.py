@@ -322,9 +322,15 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
             "lora_te1_text_model",
         ),
         "dora": ({**good, f"{q}.lora_magnitude_vector": np.zeros(1)}, "lora_magnitude_vector"),
-        "half": ({n: v for n, v in good.items() if n != f"{q}.lora_B.weight"}, "only one of lora_A"),
+        "half": (
+            {n: v for n, v in good.items() if n != f"{q}.lora_B.weight"},
+            rf"1 missing: {re.escape(q)}\.lora_B\.weight",
+        ),
         "mixed": ({**good, **kohya}, "mix the formats kohya, peft"),
-        "twice": ({**good, f"base_model.model.{q}.lora_A.weight": good[f"{q}.lora_A.weight"]}, "only one of"),
+        "twice": (
+            {**good, f"base_model.model.{q}.lora_A.weight": good[f"{q}.lora_A.weight"]},
+            "1 missing: base_model.*lora_B",
+        ),
         "ranks": ({**good, **other}, "found ranks 3, 5"),
         "alphas": (
             {
