@@ -227,7 +227,7 @@ def load(
         if adapter_path is None:
             raise UserError(f"{control_path}: the control's adapter needs the subject's beside it, found none")
         check_adapter(control_path, adapter_files.read_metadata(control_path), folder, base_sha256, conditioning)
-    _check_cache(cache, conditioning, adapter_path)
+    check_cache(cache, conditioning, adapter_path)
     sample = sample or _sample(metadata)
 
     mesh = meshes.data_mesh()
@@ -372,7 +372,8 @@ def check_adapter(
             raise UserError(f"{path}: trained with {field} {trained!r}, the configuration asks for {asked!r}")
 
 
-def _check_cache(cache: bool | None, conditioning: Conditioning, path: Path | None) -> None:
+def check_cache(cache: bool | None, conditioning: Conditioning, path: Path | None) -> None:
+    """Raises UserError if the condition cache is asked for, or refused, against what the adapter was trained with."""
     if cache is None or cache == conditioning.independent_conditions:
         return
     found = "true" if conditioning.independent_conditions else "false"

@@ -1,6 +1,7 @@
 """Sampling from moments: remembered conditions, an adapter per condition, image guidance, the kinds of bases."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +130,7 @@ def test_the_cache_needs_independent_conditions(setup) -> None:
     with pytest.raises(
         UserError, match=r"fill\.safetensors: condition cache: found independent_conditions false"
     ) as error:
-        api._check_cache(True, Conditioning(size=32), api.Path("fill.safetensors"))
+        api.check_cache(True, Conditioning(size=32), Path("fill.safetensors"))
     assert "\n" not in str(error.value)
-    api._check_cache(None, Conditioning(size=32), None)
-    api._check_cache(True, Conditioning(size=32, independent_conditions=True), None)
+    api.check_cache(None, Conditioning(size=32), None)
+    api.check_cache(True, Conditioning(size=32, independent_conditions=True), None)

@@ -228,9 +228,10 @@ class EmbeddingMLP(nnx.Module):
         self.linear_1 = Linear(in_features, width, rngs=rngs, dtype=dtype)
         self.linear_2 = Linear(width, width, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, adapter: Adapter | None) -> jax.Array:
         """[..., in] -> [..., width]."""
-        return self.linear_2(jax.nn.silu(self.linear_1(x)))
+        hidden = jax.nn.silu(self.linear_1(x, _linear(adapter, "linear_1")))
+        return self.linear_2(hidden, _linear(adapter, "linear_2"))
 
 
 class TimeTextEmbed(nnx.Module):
@@ -243,14 +244,22 @@ class TimeTextEmbed(nnx.Module):
         )
         self.text_embedder = EmbeddingMLP(config.pooled_projection_dim, config.width, rngs=rngs, dtype=dtype)
 
-    def __call__(self, time: jax.Array, guidance: jax.Array | None, pooled: jax.Array, dtype: DTypeLike) -> jax.Array:
+    def __call__(
+        self,
+        time: jax.Array,
+        guidance: jax.Array | None,
+        pooled: jax.Array,
+        adapter: Adapter | None,
+        dtype: DTypeLike,
+    ) -> jax.Array:
         """([B], [B] or None, [B, P]) -> [B, D]."""
-        temb = self.timestep_embedder(sinusoid(time).astype(dtype)) + self.text_embedder(pooled.astype(dtype))
+        temb = self.timestep_embedder(sinusoid(time).astype(dtype), _at(adapter, "timestep_embedder"))
+        temb = temb + self.text_embedder(pooled.astype(dtype), _at(adapter, "text_embedder"))
         if (self.guidance_embedder is None) != (guidance is None):
             expected = "no guidance" if self.guidance_embedder is None else "a guidance scale"
             raise ValueError(f"this transformer expects {expected} on every branch")
         if self.guidance_embedder is not None and guidance is not None:
-            temb = temb + self.guidance_embedder(sinusoid(guidance).astype(dtype))
+            temb = temb + self.guidance_embedder(sinusoid(guidance).astype(dtype), _at(adapter, "guidance_embedder"))
         return temb
 
 
@@ -273,6 +282,10 @@ def _linear(adapter: Adapter | None, *path: str) -> layers.LowRank | None:
 
 def _at(adapter: Adapter | None, *path: str) -> Adapter | None:
     return adapter.at(*path) if adapter is not None else None
+
+
+def _of(branch: Branch, adapters: Adapters) -> Adapter | None:
+    return adapters[branch.adapter] if branch.adapter else None
 
 
 def _modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
@@ -386,7 +399,9 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[B, N, D] -> rotated queries, rotated keys and values, each [B, N, H, E]."""
         if kind == "text":
-            q, k, v = self.add_q_proj(x), self.add_k_proj(x), self.add_v_proj(x)
+            q = self.add_q_proj(x, _linear(adapter, "add_q_proj"))
+            k = self.add_k_proj(x, _linear(adapter, "add_k_proj"))
+            v = self.add_v_proj(x, _linear(adapter, "add_v_proj"))
             norm_q, norm_k = self.norm_added_q, self.norm_added_k
         else:
             q = self.to_q(x, _linear(adapter, "to_q"))
@@ -403,9 +418,9 @@ class GELUProjection(nnx.Module):
     def __init__(self, in_features: int, out_features: int, *, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
         self.proj = Linear(in_features, out_features, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, adapter: Adapter | None) -> jax.Array:
         """[..., in] -> [..., out]."""
-        return jax.nn.gelu(self.proj(x), approximate=True)
+        return jax.nn.gelu(self.proj(x, _linear(adapter, "proj")), approximate=True)
 
 
 class FeedForward(nnx.Module):
@@ -421,7 +436,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array, adapter: Adapter | None) -> jax.Array:
         """[..., width] -> same shape."""
-        return self.net["2"](self.net["0"](x), _linear(adapter, "net", "2"))
+        return self.net["2"](self.net["0"](x, _at(adapter, "net", "0")), _linear(adapter, "net", "2"))
 
 
 class DoubleBlock(nnx.Module):
@@ -450,7 +465,7 @@ class DoubleBlock(nnx.Module):
         for group, h, temb, table in zip(layout.double, x, tembs, tables, strict=True):
             adapter = adapters.get(group.adapter) if group.adapter else None
             if group.kind == "text":
-                mod = self.norm1_context(temb, None)
+                mod = self.norm1_context(temb, _at(adapter, "norm1_context"))
             else:
                 mod = self.norm1(temb, _at(adapter, "norm1"))
             mods.append(mod)
@@ -462,8 +477,8 @@ class DoubleBlock(nnx.Module):
             adapter = adapters.get(group.adapter) if group.adapter else None
             _, _, gate_attn, shift, scale, gate_mlp = mod
             if group.kind == "text":
-                h = h + gate_attn * self.attn.to_add_out(attended)
-                h = h + gate_mlp * self.ff_context(_modulate(h, shift, scale), None)
+                h = h + gate_attn * self.attn.to_add_out(attended, _linear(adapter, "attn", "to_add_out"))
+                h = h + gate_mlp * self.ff_context(_modulate(h, shift, scale), _at(adapter, "ff_context"))
             else:
                 h = h + gate_attn * self.attn.to_out[0](attended, _linear(adapter, "attn", "to_out", "0"))
                 h = h + gate_mlp * self.ff(_modulate(h, shift, scale), _at(adapter, "ff"))
@@ -583,11 +598,14 @@ class Flux(nnx.Module):
           [B, N, velocity_channels] float32.
         """
         options = Options(dtype, implementation, remat, scan)
-        modulation, tembs = self._modulations(branches, dtype)
-        streams, _ = self._run_blocks(branches, modulation, tembs, dict(adapters or {}), memory, options, keep=False)
+        adapters = dict(adapters or {})
+        modulation, tembs = self._modulations(branches, adapters, dtype)
+        streams, _ = self._run_blocks(branches, modulation, tembs, adapters, memory, options, keep=False)
+        adapter = _of(branches[output], adapters)
         # The published output layer orders its chunks scale, shift, unlike every other modulation.
-        scale, shift = self.norm_out(tembs[modulation[output]], None)
-        return self.proj_out(_modulate(streams[output], shift, scale)).astype(jnp.float32)
+        scale, shift = self.norm_out(tembs[modulation[output]], _at(adapter, "norm_out"))
+        velocity = self.proj_out(_modulate(streams[output], shift, scale), _linear(adapter, "proj_out"))
+        return velocity.astype(jnp.float32)
 
     def remember(
         self,
@@ -612,9 +630,10 @@ class Flux(nnx.Module):
                     f"condition cache: branch {i} sees branches {branch.sees or 'all'}, expected itself alone: only "
                     "independent conditions have keys and values that stay the same"
                 )
-        modulation, tembs = self._modulations(branches, dtype)
+        adapters = dict(adapters or {})
+        modulation, tembs = self._modulations(branches, adapters, dtype)
         options = Options(dtype, implementation, "none", scan)
-        _, kept = self._run_blocks(branches, modulation, tembs, dict(adapters or {}), None, options, keep=True)
+        _, kept = self._run_blocks(branches, modulation, tembs, adapters, None, options, keep=True)
         return Memory(*kept, valid=tuple(b.valid for b in branches))
 
     def _run_blocks(
@@ -659,24 +678,27 @@ class Flux(nnx.Module):
             kept.append(keys_and_values)
         return streams, kept
 
-    def _modulations(self, branches: Sequence[Branch], dtype: DTypeLike) -> tuple[list[int], list[jax.Array]]:
+    def _modulations(
+        self, branches: Sequence[Branch], adapters: Adapters, dtype: DTypeLike
+    ) -> tuple[list[int], list[jax.Array]]:
         """Index of each branch's modulation vector, and the distinct vectors [B, D]."""
-        seen: dict[tuple[int, int, int], int] = {}
+        seen: dict[tuple[int, int, int, str | None], int] = {}
         tembs: list[jax.Array] = []
         index = []
         for b in branches:
-            key = (id(b.time), id(b.guidance), id(b.pooled))
+            adapter = _at(_of(b, adapters), "time_text_embed")
+            key = (id(b.time), id(b.guidance), id(b.pooled), b.adapter if adapter and adapter.params else None)
             if key not in seen:
                 seen[key] = len(tembs)
-                tembs.append(self.time_text_embed(b.time, b.guidance, b.pooled, dtype))
+                tembs.append(self.time_text_embed(b.time, b.guidance, b.pooled, adapter, dtype))
             index.append(seen[key])
         return index, tembs
 
     def _embed(self, branch: Branch, adapters: dict[str, Adapter], dtype: DTypeLike) -> jax.Array:
         tokens = branch.tokens.astype(dtype)
+        adapter = _of(branch, adapters)
         if branch.kind == "text":
-            return self.context_embedder(tokens)
-        adapter = adapters[branch.adapter] if branch.adapter else None
+            return self.context_embedder(tokens, _linear(adapter, "context_embedder"))
         return self.x_embedder(tokens, _linear(adapter, "x_embedder"))
 
 
