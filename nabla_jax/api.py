@@ -226,7 +226,14 @@ def load(
     if control_path is not None:
         if adapter_path is None:
             raise UserError(f"{control_path}: the control's adapter needs the subject's beside it, found none")
-        check_adapter(control_path, adapter_files.read_metadata(control_path), folder, base_sha256, conditioning)
+        control_metadata = adapter_files.read_metadata(control_path)
+        check_adapter(control_path, control_metadata, folder, base_sha256, conditioning)
+        check_reads(control_path, control_metadata, ("both", "control"), "control_adapter")
+    if metadata is not None and adapter_path is not None:
+        allowed = ("both",) if control_path is None else ("both", "subject")
+        check_reads(
+            adapter_path, metadata, allowed, "adapter without a control_adapter" if len(allowed) == 1 else "adapter"
+        )
     check_cache(cache, conditioning, adapter_path)
     sample = sample or _sample(metadata)
 
@@ -370,6 +377,12 @@ def check_adapter(
         trained, asked = getattr(metadata, field), getattr(conditioning, field)
         if trained != asked:
             raise UserError(f"{path}: trained with {field} {trained!r}, the configuration asks for {asked!r}")
+
+
+def check_reads(path: Path, metadata: adapter_files.AdapterMetadata, allowed: Sequence[str], what: str) -> None:
+    """Raises UserError if an adapter that was trained for one of the conditions is given for another."""
+    if metadata.reads not in allowed:
+        raise UserError(f"{path}: reads {metadata.reads}, expected {' or '.join(allowed)} for {what}")
 
 
 def check_cache(cache: bool | None, conditioning: Conditioning, path: Path | None) -> None:

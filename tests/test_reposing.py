@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nabla_jax import api, flow, reposing
+from nabla_jax.checkpoints.adapters import AdapterMetadata
 from nabla_jax.conditioning import omini
 from nabla_jax.config import Conditioning
 from nabla_jax.errors import UserError
@@ -119,6 +120,13 @@ def test_image_guidance(setup) -> None:
     check(sample(setup, 1.0), plain)
     remembered = sample(setup, 2.0, independent=True, control_adapter="b")
     check(remembered, by_hand(setup, 2.0, independent=True, control="b"))
+
+
+def test_an_adapter_for_one_condition_is_given_for_that_one() -> None:
+    metadata = AdapterMetadata(rank=2, alpha=2, reads="control")
+    with pytest.raises(UserError, match=r"c\.safetensors: reads control, expected both or subject for adapter"):
+        api.check_reads(Path("c.safetensors"), metadata, ("both", "subject"), "adapter")
+    api.check_reads(Path("c.safetensors"), metadata, ("both", "control"), "control_adapter")
 
 
 def test_the_cache_needs_independent_conditions(setup) -> None:
