@@ -89,7 +89,8 @@ def convert(adapter: Path, to: str, out: Path, dtype: str | None = None) -> Path
     from nabla_jax.checkpoints import adapters
     from nabla_jax.checkpoints.adapter_formats import FORMATS
 
-    if to not in FORMATS:
+    format = FORMATS.get(to)
+    if format is None:
         raise UserError(f"export: --to: found {to!r}, expected one of {', '.join(FORMATS)}")
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise UserError(f"export: --dtype: found {dtype!r}, expected float32, bfloat16 or float16")
@@ -97,7 +98,7 @@ def convert(adapter: Path, to: str, out: Path, dtype: str | None = None) -> Path
         raise UserError(f"{out}: exists, expected a file that is to be made")
     file = adapters.read_adapter(adapter)
     with runs.writing(out):
-        adapters.write_adapter(out, file.modules, file.metadata, format=to, header=file.header, dtype=dtype)
+        adapters.write_adapter(out, file.modules, file.metadata, format=format, header=file.header, dtype=dtype)
     return out
 
 

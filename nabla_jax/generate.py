@@ -169,7 +169,7 @@ def read_works(
 def _settings(config: configs.Config, reposer: "api.Reposer", arguments: argparse.Namespace) -> dict[str, Any]:
     """The fields of a manifest row that every picture of a set shares."""
     # Named only where they are in use, so that older sets of pictures can be continued.
-    further = {}
+    further: dict[str, Any] = {}
     if reposer.control_path is not None:
         further = {"control_adapter": str(reposer.control_path), "control_adapter_sha256": reposer.control_sha256}
     if config.sample.image_guidance != 1:

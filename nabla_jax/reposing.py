@@ -82,18 +82,17 @@ def predict(
     Returns:
       [B, N, 4C] float32.
     """
-    remembered = isinstance(conditions, flux.Memory)
+    memory, pictures = (conditions, ()) if isinstance(conditions, flux.Memory) else (None, conditions)
     branches = omini.branches(
         *text,
         noisy,
         omini.grid_ids(*grid),
         time,
         guidance=guidance if method.guidance_embeds else None,
-        conditions=() if remembered else conditions,
+        conditions=pictures,
         independent=method.independent,
     )
     model = layers.bind(method.transformer, base)
-    memory = conditions if remembered else None
     return model(branches, adapters=adapters, memory=memory, dtype=jnp.dtype(method.dtype), remat=method.remat)
 
 
@@ -196,9 +195,9 @@ def sample(
         return remember(method, base, adapters, conditions, text[1]) if method.independent else conditions
 
     shown = prepared(subject, control)
-    empty = (
-        None if image_guidance is None else prepared(*condition_tokens(method, *[batch["empty"]] * 2, seed, numbers))
-    )
+    empty = None
+    if image_guidance is not None:
+        empty = prepared(*condition_tokens(method, batch["empty"], batch["empty"], seed, numbers))
 
     def velocity(noisy: jax.Array, sigma: jax.Array) -> jax.Array:
         time = jnp.full(numbers.shape, sigma)

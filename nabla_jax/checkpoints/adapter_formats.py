@@ -28,7 +28,7 @@ from nabla_jax.checkpoints.safetensors_io import collapse
 from nabla_jax.errors import UserError
 
 Format = Literal["peft", "kohya", "comfyui"]
-FORMATS: tuple[str, ...] = get_args(Format)
+FORMATS: dict[str, Format] = {name: name for name in get_args(Format)}
 Array = np.ndarray
 
 

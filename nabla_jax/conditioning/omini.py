@@ -45,9 +45,8 @@ def grid_ids(
     1 / ``scale`` of the noise's resolution gets the rows and columns ``scale p + (scale - 1) / 2``, the centres of the
     squares of the noise's tokens that its tokens cover; the ``offset`` (rows, columns) is added before.
     """
-    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
-    bias = (scale - 1) / 2
-    rows, columns = (scale * (x + delta) + bias for x, delta in zip((rows, columns), offset, strict=True))
+    grid = np.meshgrid(np.arange(height, dtype=np.float64), np.arange(width, dtype=np.float64), indexing="ij")
+    rows, columns = (scale * (x + delta) + (scale - 1) / 2 for x, delta in zip(grid, offset, strict=True))
     ids = np.stack([np.full_like(rows, index), rows, columns], axis=-1)
     return ids.reshape(-1, 3).astype(np.float32)
 

@@ -633,8 +633,8 @@ class Flux(nnx.Module):
         adapters = dict(adapters or {})
         modulation, tembs = self._modulations(branches, adapters, dtype)
         options = Options(dtype, implementation, "none", scan)
-        _, kept = self._run_blocks(branches, modulation, tembs, adapters, None, options, keep=True)
-        return Memory(*kept, valid=tuple(b.valid for b in branches))
+        _, (double, single) = self._run_blocks(branches, modulation, tembs, adapters, None, options, keep=True)
+        return Memory(double, single, tuple(b.valid for b in branches))
 
     def _run_blocks(
         self,

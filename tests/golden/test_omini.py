@@ -17,8 +17,9 @@ from nabla_jax.models import autoencoder, flux, layers
 from nabla_jax.models.lora import Adapter, linears, module_names
 from tests.golden import flux_golden, golden
 
-# Float32 against float64 gradients of the reference differ by 3e-7 of the adapter's largest entry.
-GRADIENT_FLOOR = 2e-6
+# The least that float32 and float64 gradients of the reference differ by, relative to the adapter's largest entry. We
+# are given four times what they differ by: two float32 computations of different order each have that error.
+GRADIENT_NOISE = 5e-7
 
 
 @pytest.fixture(scope="module", params=["omini_kontext", "omini_schnell"])
@@ -110,9 +111,15 @@ def published(params: layers.Params, gradient: Adapter) -> dict[str, np.ndarray]
     return out
 
 
-def check_gradients(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+def gradient_noise(case: golden.Case, name: str) -> float:
+    """What the set says of the reference's own rounding; 0 where it does not."""
+    return float(case.manifest["scalars"].get(name, {"value": 0})["value"])
+
+
+def check_gradients(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], noise: float = 0.0) -> None:
+    """``noise``: the reference's own, where the set says it."""
     assert found.keys() == expected.keys()
-    floor = GRADIENT_FLOOR * max(float(np.abs(g).max()) for g in expected.values())
+    floor = 4 * max(noise, GRADIENT_NOISE) * max(float(np.abs(g).max()) for g in expected.values())
     for name, value in expected.items():
         # The floor belongs to the whole adapter; the second term lets no small tensor hide below it.
         allowed = min(floor, 2e-4 * float(np.abs(value).max()) + floor / 10)
@@ -162,7 +169,8 @@ def test_variant(case, model, adapters, variant: str) -> None:
     np.testing.assert_allclose(loss, case.scalar(f"{variant}.loss"), rtol=3e-6)
     for name, gradient in gradients.items():
         grads = published(model[1], gradient)
-        check_gradients(grads, case.tensors(f"grads_{variant}_{name}"))
+        noise = gradient_noise(case, f"{variant}.grad_noise_floor_rel.{name}")
+        check_gradients(grads, case.tensors(f"grads_{variant}_{name}"), noise)
         norm = np.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in grads.values()))
         np.testing.assert_allclose(norm, case.scalar(f"{variant}.grad_norm.{name}"), rtol=1e-5)
 
@@ -170,7 +178,8 @@ def test_variant(case, model, adapters, variant: str) -> None:
 def test_rematerialised_gradients(case, model, adapters) -> None:
     used, independent = settings(case, "base")
     _, gradients = loss_and_gradients(case, model, adapters, case.tensors("inputs"), used, independent, remat="full")
-    check_gradients(published(model[1], gradients["default"]), case.tensors("grads_base_default"))
+    noise = gradient_noise(case, "base.grad_noise_floor_rel.default")
+    check_gradients(published(model[1], gradients["default"]), case.tensors("grads_base_default"), noise)
 
 
 def test_own_frequencies(case, model, adapters) -> None:
@@ -334,4 +343,5 @@ def test_training_step(case, model, adapters) -> None:
     np.testing.assert_allclose(prediction, data["pred"], rtol=0, atol=2 * flux_golden.TIGHT)
     np.testing.assert_allclose(loss, data["loss"], rtol=1e-5)
     np.testing.assert_allclose(loss, case.scalar("train_step.loss"), rtol=1e-5)
-    check_gradients(published(model[1], gradients["default"]), case.tensors("grads_train_step"))
+    noise = gradient_noise(case, "base.grad_noise_floor_rel.default")
+    check_gradients(published(model[1], gradients["default"]), case.tensors("grads_train_step"), noise)
