@@ -93,8 +93,9 @@ def make_step(
 ) -> Callable[[State, layers.Params, reposing.Batch], tuple[State, Values]]:
     """The compiled step (state, frozen base, batch) -> (state, values). The state's buffers are donated.
 
-    The state holds ``adapters`` {name: tree}, ``optimizer`` and ``step``; values are the scalars ``loss``,
-    ``grad_norm`` (before clipping) and, for Prodigy, its distance estimate ``d``.
+    The state holds ``adapters`` {name: tree}, ``optimizer``, ``step`` and, with ``train.ema``, the adapters' running
+    ``average``; values are the scalars ``loss``, ``grad_norm`` (before clipping) and, for Prodigy, its distance
+    estimate ``d``.
     """
     scale = initial_adapter_scale(config)
 
@@ -113,14 +114,29 @@ def make_step(
         estimate = optim.prodigy_estimate(optimizer_state)
         if estimate is not None:
             values["d"] = estimate
-        following = {
-            "adapters": optax.apply_updates(state["adapters"], updates),
-            "optimizer": optimizer_state,
-            "step": state["step"] + 1,
-        }
+        adapters = optax.apply_updates(state["adapters"], updates)
+        following = {"adapters": adapters, "optimizer": optimizer_state, "step": state["step"] + 1}
+        if config.train.ema:
+            # Short runs are averaged over about their last tenth: early weights would linger.
+            decay = jnp.minimum(config.train.ema, (1 + state["step"]) / (10 + state["step"]))
+            following["average"] = optax.incremental_update(adapters, state["average"], 1 - decay)
         return following, values
 
     return jax.jit(step, donate_argnums=0)
+
+
+def initial_state(adapters: dict[str, layers.Params], optimizer: optax.GradientTransformation, config: Config) -> State:
+    """The state before the first step; see ``make_step``."""
+    state = {"adapters": adapters, "optimizer": optimizer.init(adapters), "step": jnp.zeros((), jnp.int32)}
+    if config.train.ema:
+        state["average"] = jax.tree.map(jnp.copy, adapters)
+    return state
+
+
+def exported(state: State, config: Config) -> dict[str, layers.Params]:
+    """The adapters {name: tree} that a run hands on: their average if there is one."""
+    adapters: dict[str, layers.Params] = state["average" if config.train.ema else "adapters"]
+    return adapters
 
 
 def device_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
