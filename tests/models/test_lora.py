@@ -162,7 +162,8 @@ def test_a_fresh_adapter_changes_nothing_and_is_drawn_like_peft_draws(base) -> N
     assert abs(drawn.mean()) < 5 / RANK / np.sqrt(drawn.size)
     assert len({round(float(leaf[0]), 12) for leaf in first}) == len(first)
     data = test_flux.inputs(1, (2, 2))
-    np.testing.assert_array_equal(run(component, data, adapter), run(component, data, None))
+    # Two programs, fused differently: equal up to rounding.
+    np.testing.assert_allclose(run(component, data, adapter), run(component, data, None), rtol=0, atol=2e-6)
 
 
 def test_an_adapter_on_one_branch_leaves_the_linears_of_others_alone(adapted, base) -> None:
