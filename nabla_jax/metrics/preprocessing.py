@@ -88,7 +88,7 @@ class ImageProcessor:
             raise UserError(
                 f"{where}: resample: found {self.resample!r}, expected {BILINEAR} (bilinear) or {BICUBIC} (bicubic)"
             )
-        if not isinstance(self.rescale, float) or not 0 < self.rescale:
+        if not isinstance(self.rescale, float) or self.rescale <= 0:
             raise UserError(f"{where}: rescale_factor: found {self.rescale!r}, expected a positive number")
         smallest = (self.size, self.size) if isinstance(self.size, int) else self.size
         if self.crop is not None and (self.crop[0] > smallest[0] or self.crop[1] > smallest[1]):
@@ -144,7 +144,7 @@ class ImageProcessor:
             raise ValueError(f"pictures: found sizes {[x.shape for x in resized]}, expected one for all")
         # The published order of roundings: product in float64, then float32 for the rest.
         pixels = (np.stack(resized) * np.float64(self.rescale)).astype(np.float32)
-        pixels = (pixels - np.float32(self.mean)) / np.float32(self.std)
+        pixels = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:

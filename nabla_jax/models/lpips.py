@@ -92,7 +92,7 @@ class Head(nnx.Module):
 
 
 class Lpips(nnx.Module):
-    """Distance of two pictures: 0 for equal ones, about 1 for unrelated ones."""
+    """Distance of two pictures: 0 for equal ones (to rounding), about 1 for unrelated ones."""
 
     def __init__(self, config: LpipsConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         modules: list[nnx.Module] = []
@@ -112,7 +112,7 @@ class Lpips(nnx.Module):
     def levels(self, images: jax.Array) -> list[jax.Array]:
         """The five levels' last activations of pictures [B, 3, H, W] in [-1, 1], each [B, H', W', C]."""
         dtype = self.features[0].weight[...].dtype
-        x = (images.transpose(0, 2, 3, 1) - np.float32(SHIFT)) / np.float32(SCALE)
+        x = (images.transpose(0, 2, 3, 1) - np.array(SHIFT, np.float32)) / np.array(SCALE, np.float32)
         x = x.astype(dtype)
         found = []
         for index, module in enumerate(self.features):
@@ -128,10 +128,9 @@ class Lpips(nnx.Module):
                 f"LPIPS: found {tuple(a.shape)} and {tuple(b.shape)}, expected two equal shapes [B, 3, H, W] "
                 f"with sides of at least {MIN_SIDE}"
             )
-        both = self.levels(jnp.concatenate([a, b]))
         shares = []
-        for level, x in enumerate(both):
-            f, g = jnp.split(_unit(x), 2)
+        for level, both in enumerate(self.levels(jnp.concatenate([a, b]))):
+            f, g = jnp.split(_unit(both), 2)
             weight = getattr(self, f"lin{level}").weight
             shares.append(jnp.mean(jnp.sum((f - g) ** 2 * weight, axis=-1), axis=(1, 2)))
         return jnp.stack(shares, axis=-1)

@@ -27,8 +27,8 @@ def seeded_vgg(case):
     for level, (channels, depth) in enumerate(zip(case.config["full_channels"], DEPTHS, strict=True)):
         index += level > 0
         for _ in range(depth):
-            weight = np.random.RandomState(seed + index).standard_normal((channels, before, 3, 3))  # noqa: NPY002
-            bias = np.random.RandomState(seed + 500 + index).standard_normal(channels)  # noqa: NPY002
+            weight = np.random.RandomState(seed + index).standard_normal((channels, before, 3, 3))
+            bias = np.random.RandomState(seed + 500 + index).standard_normal(channels)
             tensors[f"features.{index}.weight"] = (weight * np.sqrt(2 / (9 * before))).astype(np.float32)
             tensors[f"features.{index}.bias"] = (bias * 0.05).astype(np.float32)
             index, before = index + 2, channels
@@ -48,8 +48,8 @@ def network(case, name, folder):
         lin = {k: v for k, v in stored.items() if k not in vgg}
     else:
         vgg, lin = seeded_vgg(case), load_file(case.path("weights_full_lin"))
-        for name, expected in case.scalar("full.weight_sums").items():
-            assert vgg[f"{name}.weight"].astype(np.float64).sum() == pytest.approx(expected, abs=1e-6)
+        for layer, expected in case.scalar("full.weight_sums").items():
+            assert vgg[f"{layer}.weight"].astype(np.float64).sum() == pytest.approx(expected, abs=1e-6)
     write_lpips(folder, vgg, lin)
     component = load_lpips(folder)
     assert list(component.config.channels) == case.config[f"{name}_channels"]
