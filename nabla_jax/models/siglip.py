@@ -85,9 +85,10 @@ class SiglipVisionConfig:
             hint = " (NaFlex checkpoints are not read, fixed-resolution ones are)" if kind == "siglip2" else ""
             raise UserError(f"{where}: model_type: found {kind!r}, expected {' or '.join(_MODEL_TYPES)}{hint}")
         if kind == "siglip":
-            where, raw = f"{where}: vision_config", raw.get("vision_config")
-            if not isinstance(raw, dict):
-                raise UserError(f"{where}: found {raw!r}, expected a JSON object")
+            where, vision = f"{where}: vision_config", raw.get("vision_config")
+            if not isinstance(vision, dict):
+                raise UserError(f"{where}: found {vision!r}, expected a JSON object")
+            raw = vision
         fields = [field.name for field in dataclasses.fields(cls)]
         config = cls(**known_fields(where, raw, fields, fixed=_FIXED))
         config.check(where)
