@@ -30,7 +30,7 @@ def embed_patches(projection: Conv2d, pixels: jax.Array) -> tuple[jax.Array, tup
     """Projects non-overlapping square patches with a convolution's weights, in their dtype.
 
     Rows and columns that fill no whole patch are left out, as a convolution without padding does (SigLIP's 384
-    pixels hold 27 patches of 14). One matrix product: on CPU the convolution of SigLIP's patches took 1.7 times as long.
+    pixels hold 27 patches of 14). One matrix product: on CPU the convolution took 1.7 times as long.
 
     Args:
       projection: weights [D, C, p, p].

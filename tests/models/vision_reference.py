@@ -3,7 +3,6 @@
 import sys
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -47,6 +46,16 @@ def lpips_package() -> Any:
     torchvision, models = ModuleType("torchvision"), ModuleType("torchvision.models")
     models.vgg16 = Vgg16
     torchvision.models = models
-    with mock.patch.dict(sys.modules, {"torchvision": torchvision, "torchvision.models": models}):
+    standins = {"torchvision": torchvision, "torchvision.models": models}
+    # Only these two names are put back: everything else that lpips imports must stay, as C extensions load once.
+    before = {name: sys.modules.get(name) for name in standins}
+    sys.modules.update(standins)
+    try:
         import lpips
+    finally:
+        for name, module in before.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
     return lpips
