@@ -108,12 +108,15 @@ def load_part(folder: StrPath, name: str, *, dtype: DTypeLike = "float32", shard
     ``sharding`` is a ``jax.sharding.Sharding``, a tree of them, or a function from the abstract parameters to
     such a tree; each device then receives its own part only. Raises UserError naming what does not fit.
     """
-    part = PARTS[name]
-    config = _config(folder, name)
+    return load_model(Path(folder) / name, PARTS[name], dtype=dtype, sharding=sharding)
+
+
+def load_model(path: Path, part: Part, *, dtype: DTypeLike = "float32", sharding: Any = None) -> Component:
+    """Reads one model's folder (config.json and weights); see ``load_part``."""
+    config = part.config.from_json(_existing(path / "config.json"))
     graphdef, abstract = layers.abstract(lambda rngs: part.model(config, rngs=rngs, dtype=dtype))
     if callable(sharding):
         sharding = sharding(abstract)
-    path = Path(folder) / name
     params = load_tree(path, abstract, part.table, stacked=part.stacked, sharding=sharding)
     return Component(config, graphdef, params)
 
@@ -210,8 +213,11 @@ def save_part(
     folder: StrPath, name: str, config: Any, params: layers.Params, *, dtype: DTypeLike | None = None
 ) -> None:
     """Writes one model (a name of ``PARTS``) with its config.json; the inverse of ``load_part``."""
-    part = PARTS[name]
-    path = Path(folder) / name
+    save_model(Path(folder) / name, PARTS[name], config, params, dtype=dtype)
+
+
+def save_model(path: Path, part: Part, config: Any, params: layers.Params, *, dtype: DTypeLike | None = None) -> None:
+    """Writes one model's folder; the inverse of ``load_model``."""
     save_tree(params, path / part.file, dtype=dtype, stacked=part.stacked)
     write_json(path / "config.json", config.to_json())
 

@@ -107,6 +107,19 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     return Header(files, tensors, metadata)
 
 
+def check_tree(
+    path: str | os.PathLike[str],
+    abstract_params: Params,
+    table: Table | None = None,
+    *,
+    stacked: tuple[str, ...] = (),
+) -> Header:
+    """Raises what ``load_tree`` would raise for missing, extra or misshapen tensors; reads headers only."""
+    header = read_header(path)
+    _check(path, header, _resolve(header, table or (), path), flatten(abstract_params), stacked)
+    return header
+
+
 def load_tree(
     path: str | os.PathLike[str],
     abstract_params: Params,

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from nabla_jax.errors import UserError
-from nabla_jax.models.layers import Conv2d, GroupNorm, Linear
+from nabla_jax.models.layers import Conv2d, GroupNorm, Linear, convolve_nhwc
 
 LOGVAR_RANGE = (-30.0, 20.0)
 NORM_EPS = 1e-6
@@ -126,14 +126,6 @@ class AutoencoderKLConfig:
         return {"_class_name": "AutoencoderKL", **values, **blocks, **_FIXED, "force_upcast": True}
 
 
-def _convolve(conv: Conv2d, x: jax.Array) -> jax.Array:
-    """A convolution with [out, in, kh, kw] weights of NHWC pictures: [B, H, W, in] -> [B, H', W', out]."""
-    weight = conv.weight[...].astype(x.dtype)
-    strides = (conv.stride, conv.stride)
-    y = jax.lax.conv_general_dilated(x, weight, strides, conv.padding, dimension_numbers=("NHWC", "OIHW", "NHWC"))
-    return y if conv.bias is None else y + conv.bias[...].astype(x.dtype)
-
-
 def _normalise(norm: GroupNorm, x: jax.Array) -> jax.Array:
     """GroupNorm (Wu & He 2018) of NHWC pictures: [B, H, W, C] -> same shape and dtype."""
     b, h, w, c = x.shape
@@ -152,7 +144,7 @@ def _normalise(norm: GroupNorm, x: jax.Array) -> jax.Array:
 
 
 def _norm_conv(norm: GroupNorm, conv: Conv2d, x: jax.Array) -> jax.Array:
-    return _convolve(conv, nnx.silu(_normalise(norm, x)))
+    return convolve_nhwc(conv, nnx.silu(_normalise(norm, x)))
 
 
 class ResnetBlock(nnx.Module):
@@ -171,7 +163,7 @@ class ResnetBlock(nnx.Module):
         """[B, H, W, in] -> [B, H, W, out]."""
         h = _norm_conv(self.norm1, self.conv1, x)
         h = _norm_conv(self.norm2, self.conv2, h)
-        return h + (x if self.conv_shortcut is None else _convolve(self.conv_shortcut, x))
+        return h + (x if self.conv_shortcut is None else convolve_nhwc(self.conv_shortcut, x))
 
 
 class Attention(nnx.Module):
@@ -227,7 +219,7 @@ class Downsample(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, C] -> [B, H/2, W/2, C]."""
-        return _convolve(self.conv, x)
+        return convolve_nhwc(self.conv, x)
 
 
 class Upsample(nnx.Module):
@@ -240,7 +232,7 @@ class Upsample(nnx.Module):
         """[B, H, W, C] -> [B, 2H, 2W, C]."""
         b, h, w, c = x.shape
         x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-        return _convolve(self.conv, x)
+        return convolve_nhwc(self.conv, x)
 
 
 class DownBlock(nnx.Module):
@@ -314,7 +306,7 @@ class Encoder(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, 3] -> [B, H/factor, W/factor, 2C]."""
-        x = _convolve(self.conv_in, x)
+        x = convolve_nhwc(self.conv_in, x)
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
@@ -340,7 +332,7 @@ class Decoder(nnx.Module):
 
     def __call__(self, z: jax.Array) -> jax.Array:
         """[B, h, w, C] -> [B, factor*h, factor*w, 3]."""
-        x = self.mid_block(_convolve(self.conv_in, z))
+        x = self.mid_block(convolve_nhwc(self.conv_in, z))
         for block in self.up_blocks:
             x = block(x)
         return _norm_conv(self.conv_norm_out, self.conv_out, x)
@@ -374,7 +366,7 @@ class AutoencoderKL(nnx.Module):
             raise ValueError(f"picture is {images.shape[2:]} pixels, expected multiples of {self.factor}")
         moments = self.encoder(images.transpose(0, 2, 3, 1))
         if self.quant_conv is not None:
-            moments = _convolve(self.quant_conv, moments)
+            moments = convolve_nhwc(self.quant_conv, moments)
         mean, logvar = jnp.split(moments.transpose(0, 3, 1, 2), 2, axis=1)
         return jnp.concatenate([mean, jnp.clip(logvar, *LOGVAR_RANGE)], axis=1)
 
@@ -382,7 +374,7 @@ class AutoencoderKL(nnx.Module):
         """Unscaled latents [B, C, h, w] -> pictures [B, 3, factor*h, factor*w], not clipped to [-1, 1]."""
         x = latents.transpose(0, 2, 3, 1)
         if self.post_quant_conv is not None:
-            x = _convolve(self.post_quant_conv, x)
+            x = convolve_nhwc(self.post_quant_conv, x)
         return self.decoder(x).transpose(0, 3, 1, 2)
 
 
