@@ -7,7 +7,6 @@ parameter's path in the tree is its checkpoint name split at the dots. Between t
 a picture took a third longer.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from nabla_jax.errors import UserError
+from nabla_jax.models.config_file import read_config
 from nabla_jax.models.layers import Conv2d, GroupNorm, Linear
 
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -69,24 +69,15 @@ class AutoencoderKLConfig:
     @classmethod
     def from_json(cls, source: str | Path | dict[str, Any]) -> "AutoencoderKLConfig":
         """Reads a published config.json (path or its dict). Raises UserError for another architecture."""
-        where = "autoencoder config" if isinstance(source, dict) else str(source)
-        if not isinstance(source, dict):
-            try:
-                source = json.loads(Path(source).read_text())
-            except FileNotFoundError as e:
-                raise UserError(f"{where}: file not found") from e
-            except json.JSONDecodeError as e:
-                raise UserError(f"{where}: not valid JSON ({e})") from e
-        if not isinstance(source, dict):
-            raise UserError(f"{where}: found {type(source).__name__}, expected a JSON object")
+        where, raw = read_config(source, "autoencoder config")
         for key, value in _FIXED.items():
-            if source.get(key, value) != value:
-                raise UserError(f"{where}: field {key}: found {source[key]!r}, expected {value!r}")
+            if raw.get(key, value) != value:
+                raise UserError(f"{where}: field {key}: found {raw[key]!r}, expected {value!r}")
         for key, name in _BLOCK_TYPES.items():
-            others = [x for x in source.get(key, ()) if x != name]
+            others = [x for x in raw.get(key, ()) if x != name]
             if others:
                 raise UserError(f"{where}: field {key}: found {others[0]!r}, expected {name!r}")
-        values = {k: source[k] for k in cls.__dataclass_fields__ if k in source}
+        values = {k: raw[k] for k in cls.__dataclass_fields__ if k in raw}
         # The published class's own defaults differ from FLUX's: a missing key must not mean FLUX's value.
         missing = [k for k in ("block_out_channels", "scaling_factor", "shift_factor") if values.get(k) is None]
         if missing:
@@ -102,8 +93,8 @@ class AutoencoderKLConfig:
         config = cls(**values)
         config.check(where)
         for key in _BLOCK_TYPES:
-            count, levels = len(source.get(key, ())), len(config.block_out_channels)
-            if key in source and count != levels:
+            count, levels = len(raw.get(key, ())), len(config.block_out_channels)
+            if key in raw and count != levels:
                 raise UserError(
                     f"{where}: field {key}: found {count} blocks, expected {levels} as in block_out_channels"
                 )

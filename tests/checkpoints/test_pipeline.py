@@ -159,6 +159,15 @@ def test_the_hash_covers_every_weight_and_nothing_else(folder):
     assert len(seen) == 5
 
 
+def test_the_hash_of_everything_sees_names_and_contents(folder):
+    seen = {pipeline.folder_hash(folder, everything=True)}
+    edit(folder / "scheduler" / "scheduler_config.json", shift=1.0)
+    seen.add(pipeline.folder_hash(folder, everything=True))
+    (folder / "tokenizer" / "merges.txt").rename(folder / "tokenizer" / "other.txt")
+    seen.add(pipeline.folder_hash(folder, everything=True))
+    assert len(seen) == 3
+
+
 def test_the_hash_of_one_model_is_that_of_its_file(complete):
     file = complete / "transformer" / "diffusion_pytorch_model.safetensors"
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
