@@ -116,7 +116,7 @@ def largest_leaf(folder: Path, dtype: str) -> int:
 
 def event(name: str, **values: float) -> None:
     """Tells the parent when (on the clock that all processes share) something is done."""
-    print(json.dumps({"event": name, "time": time.monotonic(), **values}), flush=True)
+    print(json.dumps({"event": name, "time": time.monotonic(), "cpu": time.process_time(), **values}), flush=True)
 
 
 def inputs(config: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -215,6 +215,9 @@ def measure(name: str, folder: Path, dtype: str) -> dict[str, float]:
         "load": loaded - imported,
         "forward": forward - loaded,
         "total": forward - begun,
+        "cpu": events["forward"]["cpu"],
+        "cpu_import": events["imported"]["cpu"],
+        "cpu_load": events["loaded"]["cpu"] - events["imported"]["cpu"],
         "mean": events["forward"]["mean"],
         "extra": peak - before - parameters,
         "extra_forward": peak_forward - before - parameters,
@@ -235,7 +238,8 @@ def anonymous_memory(process: "subprocess.Popen[str]") -> Iterator[tuple[float, 
 def describe(run: dict[str, float]) -> str:
     """One line."""
     return (
-        f"{run['total']:.1f} s (import {run['import']:.1f}, load {run['load']:.1f}, forward {run['forward']:.1f}), "
+        f"{run['total']:.1f} s (import {run['import']:.1f}, load {run['load']:.1f}, forward {run['forward']:.1f}; "
+        f"processor {run['cpu']:.1f} s, import {run['cpu_import']:.1f}, load {run['cpu_load']:.1f}), "
         f"anonymous memory beyond the parameters {run['extra'] / 1e6:.0f} MB loading, "
         f"{run['extra_forward'] / 1e6:.0f} MB in all, mean output {run['mean']:.4f}"
     )

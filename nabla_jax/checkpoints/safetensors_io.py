@@ -15,6 +15,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 # The names under which diffusers and transformers save, tried in this order before any other file.
 _STEMS = ("diffusion_pytorch_model", "model")
-# Page faults of a mapped file and of fresh memory cost more than the copy: several threads share them.
+# Page faults of fresh memory cost as much as reading: several threads share them.
 _THREADS = min(8, os.cpu_count() or 1)
 _CHUNK = 1 << 24
 
@@ -178,13 +179,14 @@ def load_tree(
     """
     stored, entries = _match(path, abstract_params, table, stacked, layout)
     leaves = flatten(abstract_params)
-    places = _places(stored, entries)
     shardings = flatten(_shardings(abstract_params, sharding))
     kinds = {name: _target_dtype(leaf.dtype, dtype) for name, leaf in leaves.items()}
     largest = max((math.prod(leaf.shape) * kinds[name].itemsize for name, leaf in leaves.items()), default=0)
     result: dict[str, jax.Array] = {}
     on_its_way: deque[tuple[jax.Array, int]] = deque()
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool, ExitStack() as stack:
+        files = {file: stack.enter_context(_opened(file)) for file in {entry.file for entry in entries.values()}}
+        places = _places(stored, entries, files)
         for name, leaf in leaves.items():
             size = math.prod(leaf.shape) * kinds[name].itemsize
             while on_its_way and (on_its_way[0][0].is_ready() or _total(on_its_way) + size > 1.5 * largest):
@@ -457,38 +459,66 @@ def _target_dtype(found: DTypeLike, wanted: DTypeLike | None) -> np.dtype[Any]:
 
 
 @dataclass(frozen=True)
+class _Open:
+    """A file that is being read: its path, descriptor and bytes (mapped)."""
+
+    path: Path
+    descriptor: int
+    data: np.ndarray
+
+    def copy(self, target: np.ndarray, source: np.ndarray) -> None:
+        """Fills ``target`` from ``source``, a view into ``data``, converting its dtype."""
+        if target.dtype != source.dtype or not (target.flags.c_contiguous and source.flags.c_contiguous):
+            np.copyto(target, source, casting="unsafe")
+            return
+        # Reading takes half the time of copying from the map, whose pages the kernel would set up one by one.
+        offset = source.ctypes.data - self.data.ctypes.data
+        rest = memoryview(target.reshape(-1).view(np.uint8))
+        while rest:
+            count = os.preadv(self.descriptor, [rest], offset)
+            if not count:
+                raise UserError(f"{self.path}: cut short while it was read")
+            rest, offset = rest[count:], offset + count
+
+
+@dataclass(frozen=True)
 class _Place:
-    """Rows ``start`` to ``stop`` of a published tensor as a view [stop - start, ...] into a mapped file."""
+    """Rows ``start`` to ``stop`` of a published tensor as a view [stop - start, ...] into an open file."""
 
     start: int
     stop: int
     view: np.ndarray
+    file: _Open
 
 
-def _places(stored: Iterable[Stored], entries: Mapping[str, Entry]) -> dict[str, list[_Place]]:
+@contextmanager
+def _opened(path: Path) -> Iterator[_Open]:
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    with stream:
+        # The map lives as long as the views into it.
+        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        yield _Open(path, stream.fileno(), np.frombuffer(mapped, np.uint8))
+
+
+def _places(
+    stored: Iterable[Stored], entries: Mapping[str, Entry], files: Mapping[Path, _Open]
+) -> dict[str, list[_Place]]:
     """Where the rows of every published tensor lie; nothing is read."""
-    maps: dict[Path, mmap.mmap] = {}
     places: dict[str, list[_Place]] = {}
     for tensor in stored:
         entry = entries[tensor.name]
-        if entry.file not in maps:
-            maps[entry.file] = _map(entry.file)
+        file = files[entry.file]
         shape = entry.shape or (1,)
-        data: np.ndarray = np.ndarray(shape, DTYPES[entry.dtype], buffer=maps[entry.file], offset=entry.offset)
+        data: np.ndarray = np.ndarray(shape, DTYPES[entry.dtype], buffer=file.data.data, offset=entry.offset)
         row = 0
         for part in tensor.parts:
             count = part.stop - part.start
-            places.setdefault(part.name, []).append(_Place(part.start, part.stop, data[row : row + count]))
+            places.setdefault(part.name, []).append(_Place(part.start, part.stop, data[row : row + count], file))
             row += count
     return places
-
-
-def _map(file: Path) -> mmap.mmap:
-    try:
-        with file.open("rb") as stream:
-            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
 
 
 def _aligned(shape: Shape, dtype: np.dtype[Any]) -> np.ndarray:
@@ -499,8 +529,10 @@ def _aligned(shape: Shape, dtype: np.dtype[Any]) -> np.ndarray:
     return raw[offset : offset + size].view(dtype).reshape(shape)
 
 
-def _copies(out: np.ndarray, index: Index, shape: Shape, places: Iterable[_Place]) -> Iterator[tuple[Any, Any]]:
-    """(destination, source) pairs that fill ``out`` with part ``index`` of a tensor of this shape."""
+def _copies(
+    out: np.ndarray, index: Index, shape: Shape, places: Iterable[_Place]
+) -> Iterator[tuple[_Open, np.ndarray, np.ndarray]]:
+    """(file, destination, source) of every copy that fills ``out`` with part ``index`` of a tensor of this shape."""
     if not shape:
         out, index, shape = out.reshape(1), (slice(0, 1),), (1,)
     first, last, _ = index[0].indices(shape[0])
@@ -512,7 +544,7 @@ def _copies(out: np.ndarray, index: Index, shape: Shape, places: Iterable[_Place
             target = out[start - first : stop - first]
             step = max(1, _CHUNK * (stop - start) // max(1, target.nbytes))
             for i in range(0, stop - start, step):
-                yield target[i : i + step], rows[(slice(i, i + step), *index[1:])]
+                yield place.file, target[i : i + step], rows[(slice(i, i + step), *index[1:])]
 
 
 def _reader(
@@ -536,17 +568,13 @@ def _reader(
             names = [blocks[row][0] for row in rows]
             copies = [c for i, n in enumerate(names) for c in _copies(part[i, ...], index[1:], shape[1:], places[n])]
         if part.nbytes < _CHUNK:
-            for target, source in copies:
-                _copy(target, source)
+            for copy in copies:
+                _Open.copy(*copy)
         else:
-            list(pool.map(_copy, *zip(*copies, strict=True)))
+            list(pool.map(_Open.copy, *zip(*copies, strict=True)))
         return part
 
     return read
-
-
-def _copy(target: np.ndarray, source: np.ndarray) -> None:
-    np.copyto(target, source, casting="unsafe")
 
 
 def _total(on_its_way: Iterable[tuple[jax.Array, int]]) -> int:
