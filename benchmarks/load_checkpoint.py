@@ -88,7 +88,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any], dtype: str) -> None:
         size += bytes_
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"diffusion_pytorch_model-{number:05}-of-{len(shards):05}.safetensors"
         values = {n: (0.02 * rng.standard_normal(s, np.float32)).astype(kind) for n, s in shard.items()}

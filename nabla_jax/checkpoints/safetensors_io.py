@@ -189,7 +189,7 @@ def load_tree(
         places = _places(stored, entries, files)
         for name, leaf in leaves.items():
             size = math.prod(leaf.shape) * kinds[name].itemsize
-            while on_its_way and (on_its_way[0][0].is_ready() or _total(on_its_way) + size > 1.5 * largest):
+            while on_its_way and sum(bytes_ for _, bytes_ in on_its_way) + size > 1.5 * largest:
                 on_its_way.popleft()[0].block_until_ready()
             read = _reader(name, leaf.shape, kinds[name], places, stacked, pool)
             if shardings[name] is None:
@@ -473,7 +473,7 @@ class _Open:
             return
         # Reading takes half the time of copying from the map, whose pages the kernel would set up one by one.
         offset = source.ctypes.data - self.data.ctypes.data
-        rest = memoryview(target.reshape(-1).view(np.uint8))
+        rest = target.reshape(-1).view(np.uint8).data
         while rest:
             count = os.preadv(self.descriptor, [rest], offset)
             if not count:
@@ -575,10 +575,6 @@ def _reader(
         return part
 
     return read
-
-
-def _total(on_its_way: Iterable[tuple[jax.Array, int]]) -> int:
-    return sum(size for _, size in on_its_way)
 
 
 def _once(read: Callable[[Index], np.ndarray], shape: tuple[int, ...]) -> Callable[[Any], np.ndarray]:
