@@ -25,7 +25,7 @@ from nabla_jax.models import flux, layers
 from nabla_jax.models.autoencoder import AutoencoderKLConfig
 from nabla_jax.models.lora import Adapter
 from nabla_jax.parallel import mesh as meshes
-from nabla_jax.prepare import captions_of, hash_folder
+from nabla_jax.prepare import captions_of
 
 State = dict[str, Any]
 Values = dict[str, jax.Array]
@@ -64,7 +64,8 @@ def check_prepared(config: Config) -> None:
     captions, _ = captions_of(config, [])
     captions_sha256 = hashlib.sha256(json.dumps(captions).encode()).hexdigest()
     pairs.append(("conditioning.prompt", made["captions"][:12], captions_sha256[:12]))
-    pairs += [(f"weights of {part}", sha[:12], hash_folder(base / part)[:12]) for part, sha in made["weights"].items()]
+    for part, sha in made["weights"].items():
+        pairs.append((f"weights of {part}", sha[:12], pipeline.folder_hash(base / part, everything=True)[:12]))
     differing = [f"{what}: {there!r} there, {here!r} here" for what, there, here in pairs if there != here]
     if differing:
         raise UserError(
