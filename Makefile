@@ -19,6 +19,8 @@ install: .venv/installed
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("make: $(PYTHON) is Python %d.%d, nabla_jax needs 3.11 or newer: name another with PYTHON=..." % v[:2])'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e '.[test]'
+	@# Without its dependencies: torchvision is large and must match torch; the tests bring their own VGG16.
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt lpips
 	@touch $@
 
 demo: install

@@ -90,6 +90,7 @@ class Train:
     sampler: str = "all_pairs"
     time_mean: float = 0.0  # of the logit of the training times; above 0 favours noise, where the subject matters
     foreground_weight: float = 1.0  # of the loss on the target's bird against its surroundings
+    ema: float = 0.0  # decay of the running average that is exported instead of the newest weights; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -406,6 +407,8 @@ def _check_ranges(config: Config, where: str) -> None:
     for key in ("train.sample_every", "train.seed", "sample.seed", "optim.weight_decay"):
         if not flat[key] >= 0:
             raise UserError(f"{where}: {key}: found {flat[key]!r}, expected 0 or more")
+    if not 0 <= config.train.ema < 1:
+        raise UserError(f"{where}: train.ema: found {config.train.ema!r}, expected a number from 0 to below 1")
     if not all(0 <= beta < 1 for beta in config.optim.betas):
         raise UserError(f"{where}: optim.betas: found {config.optim.betas!r}, expected two numbers from 0 to below 1")
     if config.conditioning.size % 16:

@@ -93,7 +93,7 @@ def load_encoders(config: configs.Config) -> Encoders:
         return np.asarray(embeds, np.float32), np.asarray(pooled, np.float32)
 
     parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    weights = {part: hash_folder(folder / part) for part in parts}
+    weights = {part: pipeline.folder_hash(folder / part, everything=True) for part in parts}
     return Encoders(weights, vae.latent_channels, vae.factor, lambda images: encoder()(images), prompts)
 
 
@@ -110,17 +110,6 @@ def compile_encoder(vae: Any) -> Callable[[Array], Array]:
         return layers.bind(vae.graphdef, params).encode(pixels).astype(jnp.float32)
 
     return lambda images: np.asarray(encode(vae.params, images))
-
-
-def hash_folder(folder: Path) -> str:
-    """sha256 over the names and contents of all files of a folder, configs and tokenizers too.
-
-    Unlike ``pipeline.folder_hash``, which is of the weights alone.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{file_sha256(path)}\n".encode())
-    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -36,7 +36,6 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
     """
     # Imported after the checks: a mistake in the configuration is answered before any framework loads.
     import jax
-    import jax.numpy as jnp
 
     from nabla_jax import draws, optim, training
     from nabla_jax.checkpoints import pipeline
@@ -67,8 +66,7 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
     def initial_state() -> training.State:
         key = draws.key(settings.seed, draws.ADAPTER_INIT)
         fresh = lora.initialize(key, shapes, rank=config.lora.rank, alpha=config.lora.alpha, stacked=flux.STACKED)
-        adapters = {name: fresh.params}
-        return {"adapters": adapters, "optimizer": optimizer.init(adapters), "step": jnp.zeros((), jnp.int32)}
+        return training.initial_state({name: fresh.params}, optimizer, config)
 
     abstract = jax.eval_shape(initial_state)
 
@@ -113,7 +111,7 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
             # Metrics first: what a checkpoint continues from must already be on record, and be finite.
             write_pending()
             saved.save(step, state, {"loader": loader.get_state()})
-            training.export(config, folder, state["adapters"][name], step, base_sha256)
+            training.export(config, folder, training.exported(state, config)[name], step, base_sha256)
 
         # --------------------------------------------------------------------------------------------- loop
         with runs.progress(settings.steps, "train", done=start, unit="step") as bar:
@@ -134,7 +132,7 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
                 if last or step % settings.save_every == 0:
                     save(step)
                 if settings.sample_every and (last or step % settings.sample_every == 0):
-                    sheet.draw(base, state["adapters"], step)
+                    sheet.draw(base, training.exported(state, config), step)
                     clock.restart()
         if start >= settings.steps:  # the process that made the last step died before it exported the adapter
             save(start)

@@ -25,7 +25,7 @@ from nabla_jax.models import flux, layers
 from nabla_jax.models.autoencoder import AutoencoderKLConfig
 from nabla_jax.models.lora import Adapter
 from nabla_jax.parallel import mesh as meshes
-from nabla_jax.prepare import captions_of, hash_folder
+from nabla_jax.prepare import captions_of
 
 State = dict[str, Any]
 Values = dict[str, jax.Array]
@@ -70,7 +70,8 @@ def check_prepared(config: Config) -> None:
     captions, _ = captions_of(config, [])
     captions_sha256 = hashlib.sha256(json.dumps(captions).encode()).hexdigest()
     pairs.append(("conditioning.prompt", made["captions"][:12], captions_sha256[:12]))
-    pairs += [(f"weights of {part}", sha[:12], hash_folder(base / part)[:12]) for part, sha in made["weights"].items()]
+    for part, sha in made["weights"].items():
+        pairs.append((f"weights of {part}", sha[:12], pipeline.folder_hash(base / part, everything=True)[:12]))
     differing = [f"{what}: {there!r} there, {here!r} here" for what, there, here in pairs if there != here]
     if differing:
         raise UserError(
@@ -99,8 +100,9 @@ def make_step(
 ) -> Callable[[State, layers.Params, reposing.Batch], tuple[State, Values]]:
     """The compiled step (state, frozen base, batch) -> (state, values). The state's buffers are donated.
 
-    The state holds ``adapters`` {name: tree}, ``optimizer`` and ``step``; values are the scalars ``loss``,
-    ``grad_norm`` (before clipping) and, for Prodigy, its distance estimate ``d``.
+    The state holds ``adapters`` {name: tree}, ``optimizer``, ``step`` and, with ``train.ema``, the adapters' running
+    ``average``; values are the scalars ``loss``, ``grad_norm`` (before clipping) and, for Prodigy, its distance
+    estimate ``d``.
     """
     scale = initial_adapter_scale(config)
 
@@ -119,14 +121,29 @@ def make_step(
         estimate = optim.prodigy_estimate(optimizer_state)
         if estimate is not None:
             values["d"] = estimate
-        following = {
-            "adapters": optax.apply_updates(state["adapters"], updates),
-            "optimizer": optimizer_state,
-            "step": state["step"] + 1,
-        }
+        adapters = optax.apply_updates(state["adapters"], updates)
+        following = {"adapters": adapters, "optimizer": optimizer_state, "step": state["step"] + 1}
+        if config.train.ema:
+            # Short runs are averaged over about their last tenth: early weights would linger.
+            decay = jnp.minimum(config.train.ema, (1 + state["step"]) / (10 + state["step"]))
+            following["average"] = optax.incremental_update(adapters, state["average"], 1 - decay)
         return following, values
 
     return jax.jit(step, donate_argnums=0)
+
+
+def initial_state(adapters: dict[str, layers.Params], optimizer: optax.GradientTransformation, config: Config) -> State:
+    """The state before the first step; see ``make_step``."""
+    state = {"adapters": adapters, "optimizer": optimizer.init(adapters), "step": jnp.zeros((), jnp.int32)}
+    if config.train.ema:
+        state["average"] = jax.tree.map(jnp.copy, adapters)
+    return state
+
+
+def exported(state: State, config: Config) -> dict[str, layers.Params]:
+    """The adapters {name: tree} that a run hands on: their average if there is one."""
+    adapters: dict[str, layers.Params] = state["average" if config.train.ema else "adapters"]
+    return adapters
 
 
 def device_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:

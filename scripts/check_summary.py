@@ -1,4 +1,7 @@
-"""Checks that a summary.json holds one finite row for every model, benchmark and metric of the demo."""
+"""Checks a demo's summary.json: is it complete, and does it show what the demo is to show?
+
+python scripts/check_summary.py runs/demo/report/summary.json
+"""
 
 import itertools
 import json
@@ -42,9 +45,46 @@ def problems(rows: list[dict]) -> list[str]:
     return out
 
 
+def claims(rows: list[dict]) -> dict[str, bool]:
+    """What the demo is to show on each benchmark, and whether it does."""
+    out = {}
+    for benchmark in BENCHMARKS:
+        row = {(r["model"], r["metric"]): r for r in rows if r["benchmark"] == benchmark}
+
+        def mean(model: str, metric: str, row: dict = row) -> float:
+            return row[model, metric]["mean"]
+
+        def apart(model: str, metric: str, row: dict = row) -> bool:
+            return row[model, metric]["low"] > row["untuned", metric]["high"]
+
+        shipped, rmse = "toy-omk-fill", mean("toy-omk-fill", "rmse")
+        found = {
+            "the shipped adapter's RMSE is at least 29 % below the untuned base's": rmse
+            <= 0.71 * mean("untuned", "rmse"),
+            "its subject effect is at least 0.05": mean(shipped, "subject_effect") >= 0.05,
+            "its subject effect is above the untuned base's, intervals apart": apart(shipped, "subject_effect"),
+            "its identification rate is above the untuned base's, intervals apart": apart(
+                shipped, "identification_rate"
+            ),
+            "its normalised identity is above flat colour's": mean(shipped, "normalised_identity")
+            > mean("flat-colour", "normalised_identity"),
+            "the short run's RMSE is below the untuned base's, intervals apart": row["demo", "rmse"]["high"]
+            < row["untuned", "rmse"]["low"],
+            "the short run's subject effect is above zero": row["demo", "subject_effect"]["low"] > 0,
+        }
+        for other in ("paste-subject", "same-class", "sibling-class"):
+            found[f"the shipped adapter's RMSE is below {other}'s"] = rmse < mean(other, "rmse")
+        out.update({f"{benchmark}: {claim}": holds for claim, holds in found.items()})
+    return out
+
+
 if __name__ == "__main__":
     summary = Path(sys.argv[1])
-    lines = problems(json.loads(summary.read_text()))
+    rows = json.loads(summary.read_text())
+    lines = problems(rows)
+    if not lines:
+        lines = [f"not shown: {claim}" for claim, holds in claims(rows).items() if not holds]
     if lines:
         sys.exit(f"{summary}: {len(lines)} problems\n" + "\n".join(lines))
-    print(f"{summary}: {len(MODELS)} models x {len(BENCHMARKS)} benchmarks x {len(METRICS)} metrics, complete")
+    size = f"{len(MODELS)} models x {len(BENCHMARKS)} benchmarks x {len(METRICS)} metrics"
+    print(f"{summary}: {size}, complete; all claims hold")

@@ -402,16 +402,6 @@ def test_sigint_stops_with_one_line_and_the_command_continues(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_hash_of_a_folder_sees_names_and_contents(tmp_path: Path) -> None:
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "config.json").write_text("{}")
-    first = prepare_module.hash_folder(tmp_path)
-    (tmp_path / "sub" / "config.json").write_text("{ }")
-    second = prepare_module.hash_folder(tmp_path)
-    (tmp_path / "sub" / "config.json").rename(tmp_path / "sub" / "other.json")
-    assert len({first, second, prepare_module.hash_folder(tmp_path)}) == 3
-
-
 def test_the_command_says_what_is_missing_in_one_line(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "nabla_jax.prepare", "--config", "configs/omk_fill.py",

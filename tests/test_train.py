@@ -162,6 +162,20 @@ def test_the_exported_adapter_is_the_trained_one_under_published_names() -> None
     assert metadata.base_sha256 == pipeline.folder_hash(fixtures.prepared_root() / "base" / "transformer")
 
 
+def test_the_average_is_exported_when_there_is_one(tmp_path: Path) -> None:
+    run, where = tmp_path / "run", "['fill']['transformer_blocks']['attn']['to_q']['lora_B']"
+    average: Any = 0.0  # lora_B starts at zero
+    for step, decay in ((1, 1 / 10), (2, 2 / 11), (3, 0.25)):
+        train.main(arguments(tmp_path, train__steps=step, train__ema=0.25, train__save_every=1))
+        state = arrays(run, step)
+        average = decay * average + (1 - decay) * state[f"['adapters']{where}"]
+        np.testing.assert_allclose(state[f"['average']{where}"], average, rtol=1e-5, atol=1e-9)
+        tensors = load_file(runs.RunFolder(run).adapter(step, "fill"))
+        exported = tensors["transformer.transformer_blocks.1.attn.to_q.lora_B.weight"]
+        np.testing.assert_array_equal(exported, state[f"['average']{where}"][1])
+    assert np.abs(average - state[f"['adapters']{where}"]).max() > 0
+
+
 def test_run_folder_records_configuration_and_environment() -> None:
     run = fixtures.trained_run()
     stored = json.loads((run / "config.json").read_text())

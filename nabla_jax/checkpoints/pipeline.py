@@ -4,6 +4,9 @@
 - ``transformer/``, ``vae/``, ``text_encoder/`` (CLIP), ``text_encoder_2/`` (T5): config.json and safetensors,
   one file or shards with an index
 - ``tokenizer/``, ``tokenizer_2/``, ``scheduler/``
+
+The transformer and the autoencoder may also be read from and written to Black Forest Labs' single files
+(``flux1-*.safetensors``, ``ae.safetensors``; see ``bfl``).
 """
 
 import hashlib
@@ -17,13 +20,30 @@ from typing import Any
 from flax import nnx
 from jax.typing import DTypeLike
 
-from nabla_jax.checkpoints.safetensors_io import Table, load_tree, read_header, save_tree
+from nabla_jax.checkpoints import bfl
+from nabla_jax.checkpoints.safetensors_io import (
+    Header,
+    Layout,
+    Table,
+    load_tree,
+    published_layout,
+    read_header,
+    save_tree,
+)
 from nabla_jax.errors import UserError
 from nabla_jax.hashing import file_sha256
 from nabla_jax.models import clip, flux, layers, t5
 from nabla_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 
 StrPath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """How a file that holds one whole model is laid out and how its configuration is told from its header."""
+
+    layout: Layout
+    config: Callable[[StrPath, Header], Any]
 
 
 @dataclass(frozen=True)
@@ -35,11 +55,23 @@ class Part:
     file: str
     table: Table = ()
     stacked: tuple[str, ...] = ()
+    single_file: SingleFile | None = None
 
 
 PARTS = {
-    "transformer": Part(flux.FluxConfig, flux.Flux, "diffusion_pytorch_model.safetensors", stacked=flux.STACKED),
-    "vae": Part(AutoencoderKLConfig, AutoencoderKL, "diffusion_pytorch_model.safetensors"),
+    "transformer": Part(
+        flux.FluxConfig,
+        flux.Flux,
+        "diffusion_pytorch_model.safetensors",
+        stacked=flux.STACKED,
+        single_file=SingleFile(bfl.flux_layout, bfl.flux_config),
+    ),
+    "vae": Part(
+        AutoencoderKLConfig,
+        AutoencoderKL,
+        "diffusion_pytorch_model.safetensors",
+        single_file=SingleFile(bfl.vae_layout, bfl.vae_config),
+    ),
     "text_encoder": Part(clip.CLIPTextConfig, clip.CLIPText, "model.safetensors", clip.TABLE),
     "text_encoder_2": Part(t5.T5Config, t5.T5Encoder, "model.safetensors", t5.TABLE),
 }
@@ -102,30 +134,40 @@ class Tokenizers:
     t5: Any
 
 
-def load_part(folder: StrPath, name: str, *, dtype: DTypeLike = "float32", sharding: Any = None) -> Component:
-    """Reads one model of a pipeline folder with parameters in ``dtype``.
+def load_part(path: StrPath, name: str, *, dtype: DTypeLike = "float32", sharding: Any = None) -> Component:
+    """Reads one model of a pipeline folder, or of its single file, with parameters in ``dtype``.
 
     ``sharding`` is a ``jax.sharding.Sharding``, a tree of them, or a function from the abstract parameters to
     such a tree; each device then receives its own part only. Raises UserError naming what does not fit.
     """
-    part = PARTS[name]
-    config = _config(folder, name)
+    alone = _single_file(path, name)
+    if alone is None:
+        return load_model(Path(path) / name, PARTS[name], dtype=dtype, sharding=sharding)
+    return _load(Path(path), PARTS[name], _config(path, name), alone.layout, dtype, sharding)
+
+
+def load_model(path: Path, part: Part, *, dtype: DTypeLike = "float32", sharding: Any = None) -> Component:
+    """Reads one model's folder (config.json and weights); see ``load_part``."""
+    config = part.config.from_json(path / "config.json")
+    return _load(path, part, config, published_layout, dtype, sharding)
+
+
+def _load(path: Path, part: Part, config: Any, layout: Layout, dtype: DTypeLike, sharding: Any) -> Component:
     graphdef, abstract = layers.abstract(lambda rngs: part.model(config, rngs=rngs, dtype=dtype))
     if callable(sharding):
         sharding = sharding(abstract)
-    path = Path(folder) / name
-    params = load_tree(path, abstract, part.table, stacked=part.stacked, sharding=sharding)
+    params = load_tree(path, abstract, part.table, stacked=part.stacked, sharding=sharding, layout=layout)
     return Component(config, graphdef, params)
 
 
-def load_transformer(folder: StrPath, *, dtype: DTypeLike = "float32", sharding: Any = None) -> Component:
-    """The FLUX transformer of a pipeline folder; see ``load_part``."""
-    return load_part(folder, "transformer", dtype=dtype, sharding=sharding)
+def load_transformer(path: StrPath, *, dtype: DTypeLike = "float32", sharding: Any = None) -> Component:
+    """The FLUX transformer of a pipeline folder or of a ``flux1-*.safetensors`` file; see ``load_part``."""
+    return load_part(path, "transformer", dtype=dtype, sharding=sharding)
 
 
-def load_vae(folder: StrPath, *, dtype: DTypeLike = "float32", sharding: Any = None) -> Component:
-    """The autoencoder of a pipeline folder; see ``load_part``."""
-    return load_part(folder, "vae", dtype=dtype, sharding=sharding)
+def load_vae(path: StrPath, *, dtype: DTypeLike = "float32", sharding: Any = None) -> Component:
+    """The autoencoder of a pipeline folder or of an ``ae.safetensors`` file; see ``load_part``."""
+    return load_part(path, "vae", dtype=dtype, sharding=sharding)
 
 
 def load_text_encoders(folder: StrPath, *, dtype: DTypeLike = "float32", sharding: Any = None) -> TextEncoders:
@@ -153,15 +195,15 @@ def load_tokenizers(folder: StrPath) -> Tokenizers:
     return Tokenizers(clip=read(CLIPTokenizer, "tokenizer"), t5=read(T5Tokenizer, "tokenizer_2"))
 
 
-def transformer_config(folder: StrPath) -> flux.FluxConfig:
-    """The transformer's config of a pipeline folder, without its weights."""
-    config: flux.FluxConfig = _config(folder, "transformer")
+def transformer_config(path: StrPath) -> flux.FluxConfig:
+    """The transformer's config of a pipeline folder or single file, without its weights."""
+    config: flux.FluxConfig = _config(path, "transformer")
     return config
 
 
-def vae_config(folder: StrPath) -> AutoencoderKLConfig:
-    """The autoencoder's config of a pipeline folder, without its weights."""
-    config: AutoencoderKLConfig = _config(folder, "vae")
+def vae_config(path: StrPath) -> AutoencoderKLConfig:
+    """The autoencoder's config of a pipeline folder or single file, without its weights."""
+    config: AutoencoderKLConfig = _config(path, "vae")
     return config
 
 
@@ -198,17 +240,22 @@ def check_folder(folder: StrPath) -> None:
         raise UserError(f"{folder}: not a complete pipeline folder: {'; '.join(problems)}")
 
 
-def folder_hash(folder: StrPath) -> str:
-    """SHA-256 (hex) of the weights of a pipeline folder or of one model's folder, read in pieces.
+def folder_hash(folder: StrPath, *, everything: bool = False) -> str:
+    """SHA-256 (hex) of a pipeline folder or of one model's folder, read in pieces.
 
-    Covered are names, sizes and contents (headers included) of the safetensors files that would be loaded.
+    Covered are names, sizes and contents (headers included) of the safetensors files that would be loaded; with
+    ``everything`` those of all files, configs and tokenizers too.
     """
     folder = Path(folder)
     parts = [folder / name for name in PARTS] if (folder / "model_index.json").is_file() else [folder]
+    if everything:
+        files = [(folder, file) for file in sorted(file for file in folder.rglob("*") if file.is_file())]
+    else:
+        files = [(part, file) for part in parts for file in read_header(part).files]
     total = hashlib.sha256()
-    for part in parts:
-        for file in read_header(part).files:
-            total.update(f"{part.name}/{file.name} {file.stat().st_size} {file_sha256(file)}\n".encode())
+    for root, file in files:
+        name = file.relative_to(root.parent).as_posix()
+        total.update(f"{name} {file.stat().st_size} {file_sha256(file)}\n".encode())
     return total.hexdigest()
 
 
@@ -216,10 +263,26 @@ def save_part(
     folder: StrPath, name: str, config: Any, params: layers.Params, *, dtype: DTypeLike | None = None
 ) -> None:
     """Writes one model (a name of ``PARTS``) with its config.json; the inverse of ``load_part``."""
-    part = PARTS[name]
-    path = Path(folder) / name
+    save_model(Path(folder) / name, PARTS[name], config, params, dtype=dtype)
+
+
+def save_model(path: Path, part: Part, config: Any, params: layers.Params, *, dtype: DTypeLike | None = None) -> None:
+    """Writes one model's folder; the inverse of ``load_model``."""
     save_tree(params, path / part.file, dtype=dtype, stacked=part.stacked)
     write_json(path / "config.json", config.to_json())
+
+
+def save_single_file(
+    file: StrPath, name: str, config: Any, params: layers.Params, *, dtype: DTypeLike | None = None
+) -> None:
+    """Writes the transformer or the autoencoder as one file in Black Forest Labs' layout.
+
+    The configuration goes into the header's metadata: ``load_part`` reads every size back.
+    """
+    part = PARTS[name]
+    if part.single_file is None:
+        raise ValueError(f"{name}: has no single-file layout")
+    save_tree(params, file, bfl.metadata(config), dtype=dtype, stacked=part.stacked, layout=part.single_file.layout)
 
 
 def write_index(
@@ -245,14 +308,20 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _config(folder: StrPath, name: str) -> Any:
-    return PARTS[name].config.from_json(_existing(Path(folder) / name / "config.json"))
+def _config(path: StrPath, name: str) -> Any:
+    alone = _single_file(path, name)
+    if alone:
+        return alone.config(path, read_header(path))
+    return PARTS[name].config.from_json(Path(path) / name / "config.json")
 
 
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise UserError(f"{path}: file not found")
-    return path
+def _single_file(path: StrPath, name: str) -> SingleFile | None:
+    """How the file at ``path`` is laid out, None for a folder. Raises UserError for a model without such a layout."""
+    if not Path(path).is_file():
+        return None
+    if PARTS[name].single_file is None:
+        raise UserError(f"{path}: {name} is read from a pipeline folder, found a file")
+    return PARTS[name].single_file
 
 
 def _index_problems(folder: Path) -> list[str]:

@@ -3,14 +3,19 @@
 A published name such as ``transformer_blocks.3.attn.to_q.weight`` is the path of a leaf in the parameter
 tree, split at the dots. Blocks that run under ``jax.lax.scan`` are stored stacked: for a stacked prefix
 ``transformer_blocks`` that tensor is row 3 of the leaf ``("transformer_blocks", "attn", "to_q", "weight")``.
-Nothing is transposed.
+Nothing is transposed. A file may hold the published tensors under other names and several of them as one: such a
+layout is a list of ``Stored``.
 """
 
 import json
+import math
+import mmap
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +32,7 @@ Params = dict[str, Any]
 # (pattern, replacement) pairs tried in order with re.fullmatch on the name in the file: the first match gives
 # the name in the tree; a replacement of None leaves the tensor out. Other names stay as they are.
 Table = Sequence[tuple[str, str | None]]
+Shape = tuple[int, ...]
 Index = tuple[slice, ...]
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -44,15 +50,51 @@ DTYPES: dict[str, np.dtype[Any]] = {
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 # The names under which diffusers and transformers save, tried in this order before any other file.
 _STEMS = ("diffusion_pytorch_model", "model")
+# Page faults of fresh memory cost as much as reading: several threads share them.
+_THREADS = min(8, os.cpu_count() or 1)
+_CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies: its file, shape and safetensors dtype code (``F32``, ``BF16``, ...)."""
+    """Where one tensor lies: its file, shape, safetensors dtype code (``F32``, ``BF16``, ...) and first byte."""
 
     file: Path
-    shape: tuple[int, ...]
+    shape: Shape
     dtype: str
+    offset: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows ``start`` to ``stop`` (exclusive) of the published tensor ``name``; a scalar has one row."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a file: its name and shape there, and the published rows it holds, one after another."""
+
+    name: str
+    shape: Shape
+    parts: tuple[Rows, ...]
+
+
+# From the published names and shapes of all tensors of a model to the tensors of the file.
+Layout = Callable[[Mapping[str, Shape]], list[Stored]]
+
+
+def published_layout(shapes: Mapping[str, Shape]) -> list[Stored]:
+    """Every published tensor stored as it is, under its own name."""
+    return [Stored(name, shape, (whole(name, shape),)) for name, shape in shapes.items()]
+
+
+def whole(name: str, shape: Shape) -> Rows:
+    """All rows of a tensor."""
+    return Rows(name, 0, shape[0] if shape else 1)
 
 
 @dataclass(frozen=True)
@@ -115,8 +157,12 @@ def load_tree(
     stacked: tuple[str, ...] = (),
     dtype: DTypeLike | None = None,
     sharding: Any = None,
+    layout: Layout = published_layout,
 ) -> Params:
-    """Reads a parameter tree tensor by tensor; host memory holds one leaf (or one shard of it) at a time.
+    """Reads a parameter tree leaf by leaf from mapped files, every block straight into its slice of the stack.
+
+    Beside the finished parameters, host memory holds what is on its way to a device: at most one and a half times
+    the largest leaf (or this process's part of it). CPU devices take the memory over without a copy.
 
     Args:
         path: a safetensors file, or a folder with one file or with shards and an index.
@@ -127,37 +173,73 @@ def load_tree(
         dtype: replaces the dtype of every floating leaf of ``abstract_params``.
         sharding: a ``jax.sharding.Sharding`` for all leaves, or a tree of them like the params; each device
             receives its own part only. None puts whole arrays on the default device.
+        layout: how the published tensors are stored in the file.
 
     Raises UserError, in one message, for every tensor that is missing, extra or of another shape.
     """
-    header = read_header(path)
-    sources = _resolve(header, table or (), path)
+    stored, entries = _match(path, abstract_params, table, stacked, layout)
     leaves = flatten(abstract_params)
-    _check(path, header, sources, leaves, stacked)
     shardings = flatten(_shardings(abstract_params, sharding))
+    kinds = {name: _target_dtype(leaf.dtype, dtype) for name, leaf in leaves.items()}
+    largest = max((math.prod(leaf.shape) * kinds[name].itemsize for name, leaf in leaves.items()), default=0)
     result: dict[str, jax.Array] = {}
-    with ExitStack() as stack:
-        handles = {file: stack.enter_context(safe_open(file, framework="numpy")) for file in header.files}
-
-        def tensor(name: str, index: Index) -> np.ndarray:
-            source = sources[name][0]
-            entry = header.tensors[source]
-            handle = handles[entry.file]
-            try:
-                if _covers(index, entry.shape):
-                    return np.asarray(handle.get_tensor(source))
-                return np.asarray(handle.get_slice(source)[index])
-            except SafetensorError as error:
-                raise UserError(f"{entry.file}: tensor {source} cannot be read: {error}") from error
-
+    on_its_way: deque[tuple[jax.Array, int]] = deque()
+    with ThreadPoolExecutor(_THREADS) as pool, ExitStack() as stack:
+        files = {file: stack.enter_context(_opened(file)) for file in {entry.file for entry in entries.values()}}
+        places = _places(stored, entries, files)
         for name, leaf in leaves.items():
-            target = _target_dtype(leaf.dtype, dtype)
-            read = _reader(name, leaf.shape, target, tensor, stacked)
+            size = math.prod(leaf.shape) * kinds[name].itemsize
+            while on_its_way and sum(bytes_ for _, bytes_ in on_its_way) + size > 1.5 * largest:
+                on_its_way.popleft()[0].block_until_ready()
+            read = _reader(name, leaf.shape, kinds[name], places, stacked, pool)
             if shardings[name] is None:
                 result[name] = jax.device_put(read(tuple(slice(0, n) for n in leaf.shape)))
             else:
                 result[name] = jax.make_array_from_callback(leaf.shape, shardings[name], _once(read, leaf.shape))
+            on_its_way.append((result[name], size))
+        jax.block_until_ready([array for array, _ in on_its_way])
     return unflatten(result)
+
+
+def check_tree(
+    path: str | os.PathLike[str],
+    abstract_params: Params,
+    table: Table | None = None,
+    *,
+    stacked: tuple[str, ...] = (),
+    layout: Layout = published_layout,
+) -> Header:
+    """Raises the UserError that ``load_tree`` would raise for names and shapes, reading headers only; returns them."""
+    _match(path, abstract_params, table, stacked, layout)
+    return read_header(path)
+
+
+def file_tensors(
+    params: Params,
+    dtype: DTypeLike | None = None,
+    *,
+    stacked: tuple[str, ...] = (),
+    layout: Layout = published_layout,
+) -> list[tuple[Stored, np.dtype[Any]]]:
+    """What ``save_tree`` writes: every tensor of the file, in order, and its dtype. ``params`` may be abstract.
+
+    Raises ValueError for a dtype that these files do not hold, or for two in one tensor.
+    """
+    kinds: dict[str, np.dtype[Any]] = {}
+    shapes: dict[str, Shape] = {}
+    for name, leaf in flatten(params).items():
+        kind = _target_dtype(leaf.dtype, dtype)
+        if kind not in _CODES:
+            raise ValueError(f"{name} has dtype {kind}, which safetensors files of this project do not hold")
+        for published, shape in _published(name, leaf.shape, stacked):
+            kinds[published], shapes[published] = kind, shape
+    found = []
+    for tensor in layout(shapes):
+        kind, *others = {kinds[part.name] for part in tensor.parts}
+        if others:
+            raise ValueError(f"{tensor.name} would hold tensors of several dtypes: {kind}, {others[0]}")
+        found.append((tensor, kind))
+    return found
 
 
 def save_tree(
@@ -167,31 +249,29 @@ def save_tree(
     dtype: DTypeLike | None = None,
     *,
     stacked: tuple[str, ...] = (),
+    layout: Layout = published_layout,
 ) -> None:
     """Writes a parameter tree as one safetensors file under its published names; ``load_tree``'s inverse.
 
-    Leaves below a ``stacked`` prefix are written block by block; ``dtype`` converts floating leaves. The
-    header holds ``metadata`` and ``format: pt``, which transformers asks for. The file appears under its name
-    when it is complete, never before; host memory holds one leaf at a time.
+    Leaves below a ``stacked`` prefix are written block by block; ``dtype`` converts floating leaves; ``layout``
+    says how the file stores the published tensors. The header holds ``metadata`` and ``format: pt``, which
+    transformers asks for. The file appears under its name when it is complete, never before; host memory holds one
+    tensor at a time.
     """
     path = Path(path)
     leaves = flatten(params)
-    plan: list[tuple[str, np.dtype[Any]]] = []
+    blocks: dict[str, tuple[str, int | None]] = {}
+    for name, leaf in leaves.items():
+        alone = _prefix(name, stacked) is None
+        names = [published for published, _ in _published(name, leaf.shape, stacked)]
+        blocks.update({published: (name, None if alone else row) for row, published in enumerate(names)})
+    tensors = file_tensors(params, dtype, stacked=stacked, layout=layout)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"} | dict(metadata or {})}
     offset = 0
-    for name, leaf in leaves.items():
-        kind = _target_dtype(leaf.dtype, dtype)
-        if kind not in _CODES:
-            raise ValueError(f"{path}: {name} has dtype {kind}, which safetensors files of this project do not hold")
-        plan.append((name, kind))
-        for published, shape in _published(name, leaf.shape, stacked):
-            size = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
-            header[published] = {
-                "dtype": _CODES[kind],
-                "shape": list(shape),
-                "data_offsets": [offset, offset + size],
-            }
-            offset += size
+    for tensor, kind in tensors:
+        end = offset + math.prod(tensor.shape) * kind.itemsize
+        header[tensor.name] = {"dtype": _CODES[kind], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data aligned to 8 bytes
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -199,9 +279,11 @@ def save_tree(
     try:
         with temporary.open("wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
-            for name, kind in plan:
-                # Blocks of a stacked leaf lie one after another: the leaf in C order is already their bytes.
-                value = np.ascontiguousarray(np.asarray(jax.device_get(leaves[name])).astype(kind, copy=False))
+            for part, kind in ((part, kind) for tensor, kind in tensors for part in tensor.parts):
+                leaf, row = blocks[part.name]
+                value = np.asarray(jax.device_get(leaves[leaf] if row is None else leaves[leaf][row]))
+                value = value.reshape(value.shape or 1)[part.start : part.stop]
+                value = np.ascontiguousarray(value.astype(kind, copy=False))
                 out.write(value.reshape(-1).view(np.uint8).data)
             out.flush()
             os.fsync(out.fileno())
@@ -248,14 +330,19 @@ def _sharded(index: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
 
 
 def _file_header(file: Path, metadata: dict[str, str]) -> dict[str, Entry]:
+    entries: dict[str, Entry] = {}
     try:
         with safe_open(file, framework="numpy") as handle:
             metadata.update(handle.metadata() or {})
-            entries = {}
-            for name in handle.offset_keys():
-                view = handle.get_slice(name)
-                entries[name] = Entry(file, tuple(view.get_shape()), str(view.get_dtype()))
-            return entries
+            names = handle.offset_keys()
+        # Opening has checked the header against the file's size; the positions of the data are only in its text.
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+        for name in names:
+            info = header[name]
+            entries[name] = Entry(file, tuple(info["shape"]), info["dtype"], 8 + length + info["data_offsets"][0])
+        return entries
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a complete safetensors file (cut short or damaged): {error}") from error
 
@@ -275,6 +362,18 @@ def _resolve(header: Header, table: Table, path: str | os.PathLike[str]) -> dict
     return sources
 
 
+def _match(
+    path: str | os.PathLike[str], abstract_params: Params, table: Table | None, stacked: tuple[str, ...], layout: Layout
+) -> tuple[list[Stored], dict[str, Entry]]:
+    """The tensors that the model's file must hold and where each lies."""
+    header = read_header(path)
+    sources = _resolve(header, table or (), path)
+    leaves = flatten(abstract_params)
+    stored = layout({n: s for name, leaf in leaves.items() for n, s in _published(name, leaf.shape, stacked)})
+    _check(path, header, sources, stored)
+    return stored, {tensor.name: header.tensors[sources[tensor.name][0]] for tensor in stored}
+
+
 def _rename(name: str, table: Table) -> str | None:
     for pattern, replacement in table:
         match = re.fullmatch(pattern, name)
@@ -292,7 +391,7 @@ def _prefix(name: str, stacked: Iterable[str]) -> str | None:
     return next((p for p in stacked if name.startswith(f"{p}.")), None)
 
 
-def _published(name: str, shape: tuple[int, ...], stacked: tuple[str, ...]) -> list[tuple[str, tuple[int, ...]]]:
+def _published(name: str, shape: Shape, stacked: tuple[str, ...]) -> list[tuple[str, Shape]]:
     """The published tensors that make up one leaf, in block order."""
     prefix = _prefix(name, stacked)
     if prefix is None:
@@ -305,10 +404,9 @@ def _check(
     path: str | os.PathLike[str],
     header: Header,
     sources: dict[str, list[str]],
-    leaves: Mapping[str, Any],
-    stacked: tuple[str, ...],
+    stored: Iterable[Stored],
 ) -> None:
-    expected = {n: s for name, leaf in leaves.items() for n, s in _published(name, leaf.shape, stacked)}
+    expected = {tensor.name: tensor.shape for tensor in stored}
     missing = [name for name in expected if name not in sources]
     extra = [name for renamed, names in sources.items() if renamed not in expected for name in names]
     wrong = []
@@ -361,28 +459,120 @@ def _target_dtype(found: DTypeLike, wanted: DTypeLike | None) -> np.dtype[Any]:
     return kind if wanted is None or not jax.dtypes.issubdtype(kind, np.floating) else np.dtype(wanted)
 
 
-def _covers(index: Index, shape: tuple[int, ...]) -> bool:
-    return all((s.start or 0) == 0 and (s.stop is None or s.stop >= n) for s, n in zip(index, shape, strict=True))
+@dataclass(frozen=True)
+class _Open:
+    """A file that is being read: its path, descriptor and bytes (mapped)."""
+
+    path: Path
+    descriptor: int
+    data: np.ndarray
+
+    def copy(self, target: np.ndarray, source: np.ndarray) -> None:
+        """Fills ``target`` from ``source``, a view into ``data``, converting its dtype."""
+        if target.dtype != source.dtype or not (target.flags.c_contiguous and source.flags.c_contiguous):
+            np.copyto(target, source, casting="unsafe")
+            return
+        # Reading takes half the time of copying from the map, whose pages the kernel would set up one by one.
+        offset = source.ctypes.data - self.data.ctypes.data
+        rest = target.reshape(-1).view(np.uint8).data
+        while rest:
+            count = os.preadv(self.descriptor, [rest], offset)
+            if not count:
+                raise UserError(f"{self.path}: cut short while it was read")
+            rest, offset = rest[count:], offset + count
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Rows ``start`` to ``stop`` of a published tensor as a view [stop - start, ...] into an open file."""
+
+    start: int
+    stop: int
+    view: np.ndarray
+    file: _Open
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[_Open]:
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    with stream:
+        # The map lives as long as the views into it.
+        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        yield _Open(path, stream.fileno(), np.frombuffer(mapped, np.uint8))
+
+
+def _places(
+    stored: Iterable[Stored], entries: Mapping[str, Entry], files: Mapping[Path, _Open]
+) -> dict[str, list[_Place]]:
+    """Where the rows of every published tensor lie; nothing is read."""
+    places: dict[str, list[_Place]] = {}
+    for tensor in stored:
+        entry = entries[tensor.name]
+        file = files[entry.file]
+        shape = entry.shape or (1,)
+        data: np.ndarray = np.ndarray(shape, DTYPES[entry.dtype], buffer=file.data.data, offset=entry.offset)
+        row = 0
+        for part in tensor.parts:
+            count = part.stop - part.start
+            places.setdefault(part.name, []).append(_Place(part.start, part.stop, data[row : row + count], file))
+            row += count
+    return places
+
+
+def _aligned(shape: Shape, dtype: np.dtype[Any]) -> np.ndarray:
+    """Uninitialised memory that begins at a multiple of 64 bytes: XLA's CPU client takes it over without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    offset = -raw.ctypes.data % 64
+    return raw[offset : offset + size].view(dtype).reshape(shape)
+
+
+def _copies(
+    out: np.ndarray, index: Index, shape: Shape, places: Iterable[_Place]
+) -> Iterator[tuple[_Open, np.ndarray, np.ndarray]]:
+    """(file, destination, source) of every copy that fills ``out`` with part ``index`` of a tensor of this shape."""
+    if not shape:
+        out, index, shape = out.reshape(1), (slice(0, 1),), (1,)
+    first, last, _ = index[0].indices(shape[0])
+    for place in places:
+        start, stop = max(first, place.start), min(last, place.stop)
+        if start < stop:
+            # Reshaped because a file may keep axes of length 1 that the published tensor has not.
+            rows = place.view[start - place.start : stop - place.start].reshape(stop - start, *shape[1:])
+            target = out[start - first : stop - first]
+            step = max(1, _CHUNK * (stop - start) // max(1, target.nbytes))
+            for i in range(0, stop - start, step):
+                yield place.file, target[i : i + step], rows[(slice(i, i + step), *index[1:])]
 
 
 def _reader(
     name: str,
-    shape: tuple[int, ...],
+    shape: Shape,
     dtype: np.dtype[Any],
-    tensor: Callable[[str, Index], np.ndarray],
+    places: Mapping[str, list[_Place]],
     stacked: tuple[str, ...],
+    pool: ThreadPoolExecutor,
 ) -> Callable[[Index], np.ndarray]:
-    """A function from an index into the leaf to that part of it, read from the file."""
+    """A function from an index into the leaf to that part of it, read from the files."""
     blocks = _published(name, shape, stacked)
-    if _prefix(name, stacked) is None:
-        return lambda index: tensor(name, index).astype(dtype, copy=False)
+    alone = _prefix(name, stacked) is None
 
     def read(index: Index) -> np.ndarray:
-        rows = range(*index[0].indices(shape[0]))
-        sizes = [len(range(*s.indices(n))) for s, n in zip(index[1:], shape[1:], strict=True)]
-        part = np.empty((len(rows), *sizes), dtype)
-        for i, row in enumerate(rows):
-            part[i] = tensor(blocks[row][0], index[1:])
+        part = _aligned(tuple(len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)), dtype)
+        if alone:
+            copies = list(_copies(part, index, shape, places[name]))
+        else:
+            rows = range(*index[0].indices(shape[0]))
+            names = [blocks[row][0] for row in rows]
+            copies = [c for i, n in enumerate(names) for c in _copies(part[i, ...], index[1:], shape[1:], places[n])]
+        if part.nbytes < _CHUNK:
+            for copy in copies:
+                _Open.copy(*copy)
+        else:
+            list(pool.map(_Open.copy, *zip(*copies, strict=True)))
         return part
 
     return read

@@ -2,7 +2,6 @@
 
 from nabla_jax.flow.path import (
     foreground_weight,
-    image_ids,
     interpolate,
     logit_normal_time,
     pack,
@@ -15,7 +14,6 @@ from nabla_jax.flow.sampler import euler, sigmas
 __all__ = [
     "euler",
     "foreground_weight",
-    "image_ids",
     "interpolate",
     "logit_normal_time",
     "pack",

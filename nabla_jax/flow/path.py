@@ -122,20 +122,6 @@ def unpack(tokens: jax.Array, height: int, width: int) -> jax.Array:
     return patches.transpose(0, 3, 1, 4, 2, 5).reshape(batch, -1, height, width)
 
 
-def image_ids(height: int, width: int, index: int = 0) -> jax.Array:
-    """Positions of the tokens of a picture, for RoPE.
-
-    Args:
-        height, width: of the token grid (half the latent's).
-        index: number of the picture, the first axis of the position.
-
-    Returns:
-        [height * width, 3] float32: `(index, row, column)`, row by row.
-    """
-    rows, columns = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
-    return jnp.stack([jnp.full_like(rows, index), rows, columns], axis=-1).reshape(-1, 3).astype(jnp.float32)
-
-
 def _grid(height: int, width: int) -> tuple[int, int]:
     if height % PATCH or width % PATCH:
         raise UserError(f"latents are folded in 2x2 squares: height and width must be even, found {height}x{width}")

@@ -7,7 +7,7 @@ parameter's path in the tree is its checkpoint name split at the dots. Between t
 a picture took a third longer.
 """
 
-import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from nabla_jax.errors import UserError
-from nabla_jax.models.layers import Conv2d, GroupNorm, Linear
+from nabla_jax.models.config_file import read_config
+from nabla_jax.models.layers import Conv2d, GroupNorm, Linear, convolve_nhwc
 
 LOGVAR_RANGE = (-30.0, 20.0)
 NORM_EPS = 1e-6
+# Share of a tile that overlaps its neighbour.
+TILE_OVERLAP = 0.25
 # Queries per chunk of the mid-block attention: scores of a 1024 x 2048 picture would take 4 GiB in one piece.
 QUERY_CHUNK = 4096
 
@@ -69,24 +72,15 @@ class AutoencoderKLConfig:
     @classmethod
     def from_json(cls, source: str | Path | dict[str, Any]) -> "AutoencoderKLConfig":
         """Reads a published config.json (path or its dict). Raises UserError for another architecture."""
-        where = "autoencoder config" if isinstance(source, dict) else str(source)
-        if not isinstance(source, dict):
-            try:
-                source = json.loads(Path(source).read_text())
-            except FileNotFoundError as e:
-                raise UserError(f"{where}: file not found") from e
-            except json.JSONDecodeError as e:
-                raise UserError(f"{where}: not valid JSON ({e})") from e
-        if not isinstance(source, dict):
-            raise UserError(f"{where}: found {type(source).__name__}, expected a JSON object")
+        where, raw = read_config(source, "autoencoder config")
         for key, value in _FIXED.items():
-            if source.get(key, value) != value:
-                raise UserError(f"{where}: field {key}: found {source[key]!r}, expected {value!r}")
+            if raw.get(key, value) != value:
+                raise UserError(f"{where}: field {key}: found {raw[key]!r}, expected {value!r}")
         for key, name in _BLOCK_TYPES.items():
-            others = [x for x in source.get(key, ()) if x != name]
+            others = [x for x in raw.get(key, ()) if x != name]
             if others:
                 raise UserError(f"{where}: field {key}: found {others[0]!r}, expected {name!r}")
-        values = {k: source[k] for k in cls.__dataclass_fields__ if k in source}
+        values = {k: raw[k] for k in cls.__dataclass_fields__ if k in raw}
         # The published class's own defaults differ from FLUX's: a missing key must not mean FLUX's value.
         missing = [k for k in ("block_out_channels", "scaling_factor", "shift_factor") if values.get(k) is None]
         if missing:
@@ -102,8 +96,8 @@ class AutoencoderKLConfig:
         config = cls(**values)
         config.check(where)
         for key in _BLOCK_TYPES:
-            count, levels = len(source.get(key, ())), len(config.block_out_channels)
-            if key in source and count != levels:
+            count, levels = len(raw.get(key, ())), len(config.block_out_channels)
+            if key in raw and count != levels:
                 raise UserError(
                     f"{where}: field {key}: found {count} blocks, expected {levels} as in block_out_channels"
                 )
@@ -126,14 +120,6 @@ class AutoencoderKLConfig:
         return {"_class_name": "AutoencoderKL", **values, **blocks, **_FIXED, "force_upcast": True}
 
 
-def _convolve(conv: Conv2d, x: jax.Array) -> jax.Array:
-    """A convolution with [out, in, kh, kw] weights of NHWC pictures: [B, H, W, in] -> [B, H', W', out]."""
-    weight = conv.weight[...].astype(x.dtype)
-    strides = (conv.stride, conv.stride)
-    y = jax.lax.conv_general_dilated(x, weight, strides, conv.padding, dimension_numbers=("NHWC", "OIHW", "NHWC"))
-    return y if conv.bias is None else y + conv.bias[...].astype(x.dtype)
-
-
 def _normalise(norm: GroupNorm, x: jax.Array) -> jax.Array:
     """GroupNorm (Wu & He 2018) of NHWC pictures: [B, H, W, C] -> same shape and dtype."""
     b, h, w, c = x.shape
@@ -152,7 +138,7 @@ def _normalise(norm: GroupNorm, x: jax.Array) -> jax.Array:
 
 
 def _norm_conv(norm: GroupNorm, conv: Conv2d, x: jax.Array) -> jax.Array:
-    return _convolve(conv, nnx.silu(_normalise(norm, x)))
+    return convolve_nhwc(conv, nnx.silu(_normalise(norm, x)))
 
 
 class ResnetBlock(nnx.Module):
@@ -171,7 +157,7 @@ class ResnetBlock(nnx.Module):
         """[B, H, W, in] -> [B, H, W, out]."""
         h = _norm_conv(self.norm1, self.conv1, x)
         h = _norm_conv(self.norm2, self.conv2, h)
-        return h + (x if self.conv_shortcut is None else _convolve(self.conv_shortcut, x))
+        return h + (x if self.conv_shortcut is None else convolve_nhwc(self.conv_shortcut, x))
 
 
 class Attention(nnx.Module):
@@ -227,7 +213,7 @@ class Downsample(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, C] -> [B, H/2, W/2, C]."""
-        return _convolve(self.conv, x)
+        return convolve_nhwc(self.conv, x)
 
 
 class Upsample(nnx.Module):
@@ -240,7 +226,7 @@ class Upsample(nnx.Module):
         """[B, H, W, C] -> [B, 2H, 2W, C]."""
         b, h, w, c = x.shape
         x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-        return _convolve(self.conv, x)
+        return convolve_nhwc(self.conv, x)
 
 
 class DownBlock(nnx.Module):
@@ -314,7 +300,7 @@ class Encoder(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, 3] -> [B, H/factor, W/factor, 2C]."""
-        x = _convolve(self.conv_in, x)
+        x = convolve_nhwc(self.conv_in, x)
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
@@ -340,7 +326,7 @@ class Decoder(nnx.Module):
 
     def __call__(self, z: jax.Array) -> jax.Array:
         """[B, h, w, C] -> [B, factor*h, factor*w, 3]."""
-        x = self.mid_block(_convolve(self.conv_in, z))
+        x = self.mid_block(convolve_nhwc(self.conv_in, z))
         for block in self.up_blocks:
             x = block(x)
         return _norm_conv(self.conv_norm_out, self.conv_out, x)
@@ -357,12 +343,16 @@ class AutoencoderKL(nnx.Module):
         self.quant_conv = Conv2d(2 * c, 2 * c, 1, rngs=rngs, dtype=dtype) if config.use_quant_conv else None
         self.post_quant_conv = Conv2d(c, c, 1, rngs=rngs, dtype=dtype) if config.use_post_quant_conv else None
         self.factor = config.factor
+        self.tile = config.sample_size
 
-    def encode(self, images: jax.Array) -> jax.Array:
+    def encode(self, images: jax.Array, *, tiled: bool = False) -> jax.Array:
         """Moments of the latent distribution, not scaled.
 
         Args:
           images: [B, 3, H, W] in [-1, 1]; H and W multiples of ``config.factor``.
+          tiled: encode a picture larger than ``config.sample_size`` in overlapping tiles of that side, one after
+            another, and blend their moments. Memory no longer grows with the picture; the result differs, because
+            the normalisations and the attention see one tile only.
 
         Returns:
           [B, 2C, H/factor, W/factor]: mean (first C channels) and log-variance (last C, in [-30, 20]).
@@ -372,18 +362,73 @@ class AutoencoderKL(nnx.Module):
         """
         if images.shape[2] % self.factor or images.shape[3] % self.factor:
             raise ValueError(f"picture is {images.shape[2:]} pixels, expected multiples of {self.factor}")
-        moments = self.encoder(images.transpose(0, 2, 3, 1))
-        if self.quant_conv is not None:
-            moments = _convolve(self.quant_conv, moments)
+        large = max(images.shape[2:]) > self.tile
+        x = images.transpose(0, 2, 3, 1)
+        moments = (
+            _in_tiles(self._encode, x, self.tile, self.tile // self.factor) if tiled and large else self._encode(x)
+        )
         mean, logvar = jnp.split(moments.transpose(0, 3, 1, 2), 2, axis=1)
         return jnp.concatenate([mean, jnp.clip(logvar, *LOGVAR_RANGE)], axis=1)
 
-    def decode(self, latents: jax.Array) -> jax.Array:
-        """Unscaled latents [B, C, h, w] -> pictures [B, 3, factor*h, factor*w], not clipped to [-1, 1]."""
+    def decode(self, latents: jax.Array, *, tiled: bool = False) -> jax.Array:
+        """Unscaled latents [B, C, h, w] -> pictures [B, 3, factor*h, factor*w], not clipped to [-1, 1].
+
+        ``tiled`` decodes latents larger than ``config.sample_size / factor`` in overlapping tiles, as in ``encode``.
+        """
+        tile = self.tile // self.factor
+        large = max(latents.shape[2:]) > tile
         x = latents.transpose(0, 2, 3, 1)
-        if self.post_quant_conv is not None:
-            x = _convolve(self.post_quant_conv, x)
-        return self.decoder(x).transpose(0, 3, 1, 2)
+        pictures = _in_tiles(self._decode, x, tile, self.tile) if tiled and large else self._decode(x)
+        return pictures.transpose(0, 3, 1, 2)
+
+    def _encode(self, x: jax.Array) -> jax.Array:
+        moments = self.encoder(x)
+        return moments if self.quant_conv is None else convolve_nhwc(self.quant_conv, moments)
+
+    def _decode(self, z: jax.Array) -> jax.Array:
+        return self.decoder(z if self.post_quant_conv is None else convolve_nhwc(self.post_quant_conv, z))
+
+
+def _in_tiles(run: Callable[[jax.Array], jax.Array], x: jax.Array, side: int, result_side: int) -> jax.Array:
+    """``run`` on overlapping square tiles of a picture [B, H, W, C], blended into one result.
+
+    Args:
+      run: from a tile of at most ``side`` x ``side`` pixels to its result, of at most ``result_side``.
+      side, result_side: of a whole tile.
+    """
+    step = int(side * (1 - TILE_OVERLAP))
+    overlap = int(result_side * TILE_OVERLAP)
+    kept = result_side - overlap
+    rows, columns = range(0, x.shape[1], step), range(0, x.shape[2], step)
+    tiles = {(i, j): x[:, i : i + side, j : j + side] for i in rows for j in columns}
+    done: dict[tuple[int, int], jax.Array] = {}
+    for shape in dict.fromkeys(tile.shape for tile in tiles.values()):
+        alike = [where for where, tile in tiles.items() if tile.shape == shape]
+        # One program per shape of a tile, run on one tile after another: side by side they would need the memory that
+        # tiling saves.
+        results = jax.lax.map(run, jnp.stack([tiles[where] for where in alike]))
+        done.update(zip(alike, results, strict=True))
+    for i in rows:
+        for j in columns:
+            # In this order, so that a tile is blended with neighbours that have been blended before.
+            if i:
+                done[i, j] = _blend(done[i - step, j], done[i, j], overlap, axis=1)
+            if j:
+                done[i, j] = _blend(done[i, j - step], done[i, j], overlap, axis=2)
+    return jnp.concatenate(
+        [jnp.concatenate([done[i, j][:, :kept, :kept] for j in columns], axis=2) for i in rows], axis=1
+    )
+
+
+def _blend(before: jax.Array, tile: jax.Array, overlap: int, axis: int) -> jax.Array:
+    """``tile`` whose first ``overlap`` positions along ``axis`` fade in from the last ones of its neighbour."""
+    overlap = min(before.shape[axis], tile.shape[axis], overlap)
+    weight = jnp.arange(overlap, dtype=tile.dtype) / overlap
+    weight = weight.reshape([-1 if i == axis else 1 for i in range(tile.ndim)])
+    last = jax.lax.slice_in_dim(before, before.shape[axis] - overlap, before.shape[axis], axis=axis)
+    first = jax.lax.slice_in_dim(tile, 0, overlap, axis=axis)
+    rest = jax.lax.slice_in_dim(tile, overlap, tile.shape[axis], axis=axis)
+    return jnp.concatenate([last * (1 - weight) + first * weight, rest], axis=axis)
 
 
 def sample_latents(moments: jax.Array, eps: jax.Array, config: AutoencoderKLConfig) -> jax.Array:

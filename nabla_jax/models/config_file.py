@@ -1,6 +1,7 @@
 """Reading the published ``config.json`` of a model."""
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +25,39 @@ def read_config(source: str | Path | dict[str, Any], name: str) -> tuple[str, di
     if not isinstance(content, dict):
         raise UserError(f"{path}: found {type(content).__name__}, expected a JSON object")
     return str(path), content
+
+
+def known_fields(
+    where: str,
+    raw: Mapping[str, Any],
+    names: Iterable[str],
+    *,
+    required: Iterable[str] = (),
+    fixed: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The entries of a config that a dataclass has fields for.
+
+    Args:
+      where: how to call the config in a message.
+      raw: the config's content.
+      names: the dataclass's fields.
+      required: keys that must be there: their default in the publishing library is another one than here.
+      fixed: keys with the one value that the model here has; they may be absent.
+
+    Raises:
+      UserError: a required key is absent, or a fixed one has another value.
+    """
+    for key, value in (fixed or {}).items():
+        if raw.get(key, value) != value:
+            raise UserError(f"{where}: {key}: found {raw[key]!r}, expected {value!r}")
+    missing = sorted(key for key in required if key not in raw)
+    if missing:
+        raise UserError(f"{where}: missing keys: {', '.join(missing)}")
+    return {key: raw[key] for key in names if key in raw}
+
+
+def check_counts(where: str, **values: Any) -> None:
+    """Raises UserError naming the first of the keyword values that is no positive whole number."""
+    for key, value in values.items():
+        if type(value) is not int or value < 1:
+            raise UserError(f"{where}: {key}: found {value!r}, expected a positive whole number")

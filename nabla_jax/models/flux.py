@@ -9,7 +9,6 @@ B batch, N tokens of a branch, C input channels, D model width, H heads, E head 
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,6 +23,7 @@ from jax.typing import DTypeLike
 from nabla_jax.errors import UserError
 from nabla_jax.models import layers
 from nabla_jax.models.attention import Implementation, attend
+from nabla_jax.models.config_file import read_config
 from nabla_jax.models.layers import Linear, RMSNorm, layer_norm
 from nabla_jax.models.lora import Adapter, Adapters
 
@@ -91,18 +91,19 @@ class FluxConfig:
 
     @classmethod
     def from_json(cls, source: str | Path | dict[str, Any]) -> "FluxConfig":
-        """Reads a published ``config.json`` (a path or the parsed object)."""
-        raw = source if isinstance(source, dict) else json.loads(Path(source).read_text())
+        """Reads a published config.json (path or its dict). Raises UserError for another architecture."""
+        where, raw = read_config(source, "transformer config")
         fields = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(k for k in raw if not k.startswith("_") and k not in fields)
         if unknown:
-            raise UserError(
-                f"transformer config: unknown keys {', '.join(unknown)}; expected {', '.join(sorted(fields))}"
-            )
+            raise UserError(f"{where}: unknown keys {', '.join(unknown)}; expected {', '.join(sorted(fields))}")
         known = {k: v for k, v in raw.items() if k in fields}
         if "axes_dims_rope" in known:
             known["axes_dims_rope"] = tuple(known["axes_dims_rope"])
-        return cls(**known)
+        try:
+            return cls(**known)
+        except UserError as error:
+            raise UserError(f"{where}: {str(error).removeprefix('transformer config: ')}") from error
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``from_json`` and diffusers read."""

@@ -70,6 +70,30 @@ def stack(make: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs) -> M:
     return build(rngs)
 
 
+# Shallow stacks are those that train here, and a scan copies what a backward pass needs. Forward alone, 12 layers of
+# a base vision tower took less CPU time scanned (0.7 against 0.8 s) and a tenth of the temporary memory.
+UNROLLED_DEPTH = 8
+
+
+def run_stacked(blocks: nnx.Module, x: jax.Array, *, scan: bool | None = None) -> jax.Array:
+    """Applies modules stacked by ``stack`` one after another, each from arrays like x to arrays like x.
+
+    ``scan`` runs them under ``lax.scan``, so that compile time does not depend on their number; None scans deep
+    stacks and unrolls those of up to ``UNROLLED_DEPTH``.
+    """
+    graphdef, params = split(blocks)
+    depth = jax.tree.leaves(params)[0].shape[0]
+
+    def body(y: jax.Array, block: Params) -> tuple[jax.Array, None]:
+        return bind(graphdef, block)(y), None
+
+    if depth > UNROLLED_DEPTH if scan is None else scan:
+        return jax.lax.scan(body, x, params)[0]
+    for i in range(depth):
+        x, _ = body(x, jax.tree.map(lambda leaf, i=i: leaf[i], params))
+    return x
+
+
 def _uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float, dtype: DTypeLike) -> nnx.Param:
     return nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.dtype(dtype), -bound, bound))
 
@@ -142,6 +166,14 @@ class Conv2d(nnx.Module):
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)[:, None, None]
         return y
+
+
+def convolve_nhwc(conv: Conv2d, x: jax.Array) -> jax.Array:
+    """A convolution with [out, in, kh, kw] weights of NHWC pictures: [B, H, W, in] -> [B, H', W', out]."""
+    weight = conv.weight[...].astype(x.dtype)
+    strides = (conv.stride, conv.stride)
+    y = jax.lax.conv_general_dilated(x, weight, strides, conv.padding, dimension_numbers=("NHWC", "OIHW", "NHWC"))
+    return y if conv.bias is None else y + conv.bias[...].astype(x.dtype)
 
 
 class Embedding(nnx.Module):

@@ -78,7 +78,8 @@ def _draw(config: PictureConfig, start: int, stop: int) -> tuple[np.ndarray, np.
 
 
 def _square(picture: np.ndarray, fill: int | bool, size: int) -> np.ndarray:
-    return Placement.square(*picture.shape[:2], size).apply(picture, fill, "nearest")
+    height, width = picture.shape[:2]
+    return Placement.square(height, width, size).apply(picture, fill, "nearest")
 
 
 def render(config: PictureConfig, folder: Path, workers: int) -> Pictures:

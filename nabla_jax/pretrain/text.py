@@ -45,7 +45,7 @@ def write_tokenizers(folder: str | os.PathLike[str], words: Sequence[str]) -> No
 def write_text_encoders(folder: str | os.PathLike[str], key: jax.Array) -> TextEncoders:
     """Draws small text encoders for the tokenizers in ``folder`` and saves them beside these.
 
-    CLIP: width 64, 2 layers, 2 heads; T5: width 64, 2 layers, 4 heads of 16, feed-forward 128. float32.
+    CLIP: width 64, one layer, 2 heads; T5: width 64, one layer, 4 heads of 16, feed-forward 128. float32.
     """
     encoders = make_text_encoders(folder, key)
     save_text_encoders(folder, encoders)
@@ -60,14 +60,14 @@ def make_text_encoders(folder: str | os.PathLike[str], key: jax.Array) -> TextEn
         vocab_size=len(vocabulary),
         hidden_size=64,
         intermediate_size=256,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         max_position_embeddings=CLIP_LENGTH,
         bos_token_id=vocabulary[BOS],
         eos_token_id=vocabulary[EOS],
     )
     t5_config = T5Config(
-        vocab_size=len(pieces["model"]["vocab"]), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4
+        vocab_size=len(pieces["model"]["vocab"]), d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4
     )
     clip_key, t5_key = jax.random.split(key)
     clip_graph, clip_params = layers.initialize(lambda rngs: CLIPText(clip_config, rngs=rngs), clip_key)

@@ -26,7 +26,7 @@ SIZE = 48
 STEPS = 4
 TEXT_LENGTH = 16
 PROMPTS = ["A photo of a bird.", "a bird facing left with blue head, yellow belly, green wings"]
-LIMIT = 6 * 1024**2
+LIMIT = 6_000_000
 # Both sides compute in float32 and agree to a few 1e-6; a few hundred times that is still far below one grey level.
 MEAN, MAX = 0.05 / 255, 0.3 / 255
 # A world that neither pre-training nor a benchmark draws from.

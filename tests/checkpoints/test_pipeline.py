@@ -136,6 +136,26 @@ def test_absent_folders_and_files_are_user_errors(folder, tmp_path):
         pipeline.load_tokenizers(folder)
 
 
+@pytest.mark.parametrize("name", pipeline.PARTS)
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "not valid JSON"), ("[1]", "found list, expected a JSON object")]
+)
+def test_a_broken_config_is_one_line_that_names_it(folder, name, content, message):
+    (folder / name / "config.json").write_text(content)
+    with pytest.raises(UserError, match=f"base/{name}/config.json: {message}") as caught:
+        pipeline.load_part(folder, name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_transformer_that_is_none_of_ours_names_its_file(folder):
+    for change, message in (({"num_blocks": 3}, "unknown keys num_blocks"), ({"patch_size": 2}, "patch_size is 2")):
+        shutil.copy(folder / "transformer" / "config.json", folder / "kept.json")
+        edit(folder / "transformer" / "config.json", **change)
+        with pytest.raises(UserError, match=f"transformer/config.json: {message}"):
+            pipeline.load_transformer(folder)
+        shutil.copy(folder / "kept.json", folder / "transformer" / "config.json")
+
+
 def test_a_damaged_tokenizer_is_named(folder):
     (folder / "tokenizer" / "vocab.json").write_text("[1")
     with pytest.raises(UserError, match=r"base/tokenizer: the tokenizer cannot be read"):
@@ -157,6 +177,15 @@ def test_the_hash_covers_every_weight_and_nothing_else(folder):
         file.write_bytes(content)
         seen.add(pipeline.folder_hash(folder))
     assert len(seen) == 5
+
+
+def test_the_hash_of_everything_sees_names_and_contents(folder):
+    seen = {pipeline.folder_hash(folder, everything=True)}
+    edit(folder / "scheduler" / "scheduler_config.json", shift=1.0)
+    seen.add(pipeline.folder_hash(folder, everything=True))
+    (folder / "tokenizer" / "merges.txt").rename(folder / "tokenizer" / "other.txt")
+    seen.add(pipeline.folder_hash(folder, everything=True))
+    assert len(seen) == 3
 
 
 def test_the_hash_of_one_model_is_that_of_its_file(complete):

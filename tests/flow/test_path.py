@@ -91,15 +91,6 @@ def test_pack_equals_diffusers(height: int, width: int) -> None:
     np.testing.assert_array_equal(path.pack(jnp.asarray(latents)), expected)
 
 
-@pytest.mark.parametrize(("height", "width"), [(4, 6), (8, 2)])
-def test_image_ids_equal_diffusers(height: int, width: int) -> None:
-    expected = FluxPipeline._prepare_latent_image_ids(1, height, width, "cpu", torch.float32)
-    ours = path.image_ids(height, width)
-    assert ours.dtype == jnp.float32
-    np.testing.assert_array_equal(ours, expected)
-    np.testing.assert_array_equal(path.image_ids(height, width, index=1) - ours, [[1, 0, 0]] * (height * width))
-
-
 @settings(deadline=None, max_examples=20)
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
 def test_unpack_inverts_pack(batch: int, channels: int, rows: int, columns: int) -> None:

@@ -1,4 +1,4 @@
-"""The autoencoder without tiling: weights through the production loader, every stored intermediate."""
+"""The autoencoder, whole and in tiles: weights through the production loader, every stored intermediate."""
 
 from unittest import mock
 
@@ -55,6 +55,20 @@ def test_from_latents_to_picture(case, model) -> None:
     np.testing.assert_allclose(found, data["decoded"], rtol=0, atol=ATOL)
     height, width = data["scaled"].shape[-2:]
     np.testing.assert_array_equal(flow.unpack(data["packed"], height, width), data["scaled"])
+
+
+@pytest.mark.parametrize(("tiled", "suffix"), [(True, ""), (False, "_untiled")])
+def test_pictures_larger_than_a_tile(case, model, tiled, suffix) -> None:
+    data = case.tensors("tiled")
+    assert max(data["x"].shape[2:]) > model.tile
+    mean, logvar = np.split(np.asarray(jax.jit(model.encode, static_argnames="tiled")(data["x"], tiled=tiled)), 2, 1)
+    np.testing.assert_allclose(mean, data[f"mean{suffix}"], rtol=0, atol=ATOL)
+    if tiled:
+        np.testing.assert_allclose(logvar, data["logvar"], rtol=0, atol=ATOL)
+        difference = np.abs(data["mean"] - data["mean_untiled"]).max()
+        np.testing.assert_allclose(difference, case.scalar("tiled_vs_plain.mean"), rtol=1e-6)
+    decoded = jax.jit(model.decode, static_argnames="tiled")(data["z"], tiled=tiled)
+    np.testing.assert_allclose(decoded, data[f"decoded{suffix}"], rtol=0, atol=ATOL)
 
 
 def test_intermediates(case, model) -> None:

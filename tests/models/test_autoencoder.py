@@ -104,6 +104,34 @@ def test_equals_torch(batch: int, height: int, width: int, change: dict) -> None
     np.testing.assert_allclose(jax.jit(model.decode)(z), decoded, atol=3e-5)
 
 
+@pytest.mark.parametrize(
+    ("batch", "height", "width", "change"),
+    [
+        (1, 48, 80, {}),
+        (2, 24, 56, {"use_quant_conv": True, "use_post_quant_conv": True}),
+        (1, 66, 32, {}),
+        (1, 40, 40, {"sample_size": 22}),
+        (2, 32, 16, {}),
+    ],
+)
+def test_tiles_equal_torch(batch: int, height: int, width: int, change: dict) -> None:
+    reference, model = torch_pair({**TINY, **change}, seed=1)
+    rng = np.random.default_rng(1)
+    images = rng.uniform(-1, 1, (batch, 3, height, width)).astype(np.float32)
+    z = rng.normal(size=(batch, 4, height // 2, width // 2)).astype(np.float32)
+    reference.enable_tiling()
+    with torch.no_grad():
+        posterior = reference.encode(torch.from_numpy(images)).latent_dist
+        decoded = reference.decode(torch.from_numpy(z)).sample.numpy()
+    expected = np.concatenate([posterior.mean.numpy(), posterior.logvar.numpy()], 1)
+    encode, decode = (jax.jit(f, static_argnames="tiled") for f in (model.encode, model.decode))
+    np.testing.assert_allclose(encode(images, tiled=True), expected, atol=3e-5)
+    np.testing.assert_allclose(decode(z, tiled=True), decoded, atol=3e-5)
+    large = max(height, width) > reference.config.sample_size
+    assert np.array_equal(encode(images, tiled=True), encode(images)) != large
+    assert np.array_equal(decode(z, tiled=True), decode(z)) != large
+
+
 def test_logvar_is_clipped() -> None:
     _, model = torch_pair(TINY, seed=3)
     bias = np.zeros(8, np.float32)

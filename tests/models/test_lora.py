@@ -164,8 +164,8 @@ def test_a_fresh_adapter_changes_nothing_and_is_drawn_like_peft_draws(base) -> N
     assert abs(drawn.mean()) < 5 / RANK / np.sqrt(drawn.size)
     assert len({round(float(leaf[0]), 12) for leaf in first}) == len(first)
     data = test_flux.inputs(1, (2, 2))
-    # Two programs: the compiler may sum in another order.
-    np.testing.assert_allclose(run(component, data, adapter), run(component, data, None), rtol=0, atol=1e-6)
+    # Two programs, fused differently: equal up to rounding.
+    np.testing.assert_allclose(run(component, data, adapter), run(component, data, None), rtol=0, atol=2e-6)
 
 
 def test_an_adapter_on_one_branch_leaves_the_linears_of_others_alone(adapted, base) -> None:

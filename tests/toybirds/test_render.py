@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+import scipy.ndimage
 
 from nabla_jax.errors import UserError
 from nabla_jax.toybirds import CAPTION_WORDS, caption, fresh_disguise, fresh_pair, fresh_scenes
@@ -178,7 +179,7 @@ def test_fresh_pairs_show_one_new_bird_each_and_repeat_exactly():
     first, again, other = fresh_pair(1, 7, size=48), fresh_pair(1, 7, size=48), fresh_pair(1, 8, size=48)
     for a, b in zip(first, again, strict=True):
         np.testing.assert_array_equal(a.rgb, b.rgb)
-    assert (first[0].rgb != first[1].rgb).any() and (first[0].rgb != other[0].rgb).any()
+    assert not np.array_equal(first[0].rgb, first[1].rgb) and not np.array_equal(first[0].rgb, other[0].rgb)
     scenes = fresh_scenes(1, 7, size=48)
     np.testing.assert_array_equal(render(fresh_identity(1, 7), scenes[1]).rgb, first[1].rgb)
     assert len({fresh_identity(2, i).shape for i in range(50)}) == 50
@@ -188,7 +189,9 @@ def test_a_disguise_is_the_second_view_in_another_coat():
     for index in range(6):
         second, disguise = fresh_pair(1, index)[1], fresh_disguise(1, index)
         np.testing.assert_array_equal(disguise.mask, second.mask)
-        np.testing.assert_array_equal(disguise.rgb[~second.mask], second.rgb[~second.mask])
+        # Pixels on the border are partly bird.
+        ground = ~scipy.ndimage.binary_dilation(second.mask)
+        np.testing.assert_array_equal(disguise.rgb[ground], second.rgb[ground])
         changed = np.abs(disguise.rgb.astype(int) - second.rgb)[second.mask].max(-1) > 30
         assert changed.mean() > 0.3
 
