@@ -208,8 +208,14 @@ def vae_config(path: StrPath) -> AutoencoderKLConfig:
 
 
 def is_kontext(folder: StrPath) -> bool:
-    """Whether a pipeline folder holds FLUX.1-Kontext, by the class that its index names."""
-    index = json.loads(_existing(Path(folder) / "model_index.json").read_text(encoding="utf-8"))
+    """Whether a pipeline folder holds FLUX.1-Kontext, by the class that its index names.
+
+    Raises:
+      UserError: the folder has no index, or one that names no FLUX pipeline.
+    """
+    if problems := _index_problems(Path(folder)):
+        raise UserError(f"{folder}: {'; '.join(problems)}")
+    index = json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8"))
     return bool(index["_class_name"] == "FluxKontextPipeline")
 
 
