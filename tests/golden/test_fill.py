@@ -8,9 +8,13 @@ import pytest
 from nabla_jax import api, flow
 from nabla_jax.checkpoints.adapters import load_adapter
 from nabla_jax.checkpoints.safetensors_io import load_tree
+from nabla_jax.checkpoints.transformers_folder import REDUX
 from nabla_jax.conditioning import diptych, omini
+from nabla_jax.metrics.preprocessing import ImageProcessor
 from nabla_jax.models import autoencoder, flux, layers
 from nabla_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
+from nabla_jax.models.redux import Redux, ReduxConfig, ReduxEmbedderConfig
+from nabla_jax.models.siglip import SiglipVisionConfig
 from tests.golden import flux_golden, golden
 from tests.golden.test_omini import check_gradients, published
 
@@ -36,6 +40,12 @@ def load(case: golden.Case):
 @pytest.fixture(scope="module")
 def model(case):
     return load(case)
+
+
+def load_vae(config, path):
+    """(config, autoencoder) of a golden file."""
+    graphdef, abstract = layers.abstract(lambda rngs: AutoencoderKL(config, rngs=rngs))
+    return config, layers.bind(graphdef, load_tree(path, abstract, dtype=jnp.float32))
 
 
 def streams(data, grid, name: str | None, mask=None):
@@ -130,6 +140,56 @@ def test_training_step(case, model, source: str) -> None:
     check_gradients(unscaled(model, gradient), case.tensors(f"grads_train_step_{source}"))
 
 
+def latent_tokens(model, pictures, noise):
+    """Pictures [B, 3, H, W] in [-1, 1], encoded in tiles as published, as tokens."""
+    config, encoder = model
+    moments = jax.jit(encoder.encode, static_argnames="tiled")(pictures, tiled=True)
+    return flow.pack(autoencoder.sample_latents(moments, noise, config))
+
+
+@pytest.fixture(scope="module")
+def training_vae(case):
+    config = AutoencoderKLConfig.from_json(golden.case("vae").config["vae"])
+    return load_vae(config, case.external_path("train_step.vae_weights"))
+
+
+def test_training_step_from_pixels_to_latents(case, training_vae) -> None:
+    """The diptych and its source with the black hole of the published training, encoded in overlapping tiles."""
+    data = {name: case.tensor("train_step_mask", name) for name in ("result_u8", "src_u8", "mask_u8", "ref_u8")}
+    result, source = (jnp.asarray(data[name], jnp.float32) / 127.5 - 1 for name in ("result_u8", "src_u8"))
+    mask = jnp.asarray(data["mask_u8"][:, 0], jnp.float32) / 255
+    np.testing.assert_array_equal(diptych.hide(result, mask, hole=-1.0), source)
+    width = data["ref_u8"].shape[-1]
+    np.testing.assert_array_equal(
+        diptych.side_by_side(data["ref_u8"], data["result_u8"][..., width:]), data["result_u8"]
+    )
+    assert result.shape[-1] > training_vae[0].sample_size  # or nothing would be in tiles
+    for pictures, noise, expected in ((result, "vae_eps_result", "x_0"), (source, "vae_eps_src", "src_tokens")):
+        found = latent_tokens(training_vae, pictures, case.tensor("train_step_mask", noise))
+        np.testing.assert_allclose(found, case.tensor("train_step_mask", expected), rtol=0, atol=1e-5)
+
+
+def test_training_step_from_the_reference_to_the_prompt(case) -> None:
+    reference = np.moveaxis(case.tensor("train_step_mask", "ref_u8"), 1, -1)
+    tower = SiglipVisionConfig.from_json({"model_type": "siglip_vision_model", **case.config["redux_siglip"]})
+    pixels = ImageProcessor.siglip(tower.image_size)(list(reference))
+    np.testing.assert_array_equal(pixels, case.tensor("train_step_mask", "redux_pixel_values"))
+    config = ReduxConfig(tower, ReduxEmbedderConfig(**case.config["redux_embedder"]))
+    graphdef, abstract = layers.abstract(lambda rngs: Redux(config, rngs=rngs))
+    params = {
+        part: load_tree(
+            case.path(f"weights_redux_{file}"), abstract[part], REDUX[part].table, stacked=REDUX[part].stacked
+        )
+        for part, file in (("image_encoder", "siglip"), ("image_embedder", "embedder"))
+    }
+    tokens = jax.jit(lambda p, x: layers.bind(graphdef, p)(x))(params, pixels)
+    expected = case.tensor("train_step_mask", "prompt_embeds")
+    pooled = case.tensor("train_step_mask", "pooled")
+    embeds, zeros = diptych.prompt(tokens, expected.shape[1] - tokens.shape[1], pooled.shape[-1])
+    np.testing.assert_allclose(embeds, expected, rtol=0, atol=2e-5)
+    np.testing.assert_array_equal(zeros, pooled)
+
+
 # ------------------------------------------------------------------------------------------------ sampling
 
 
@@ -140,10 +200,7 @@ def sampling() -> golden.Case:
 
 @pytest.fixture(scope="module")
 def vae(sampling):
-    config = AutoencoderKLConfig.from_json(golden.case("vae").config["vae"])
-    graphdef, abstract = layers.abstract(lambda rngs: AutoencoderKL(config, rngs=rngs))
-    params = load_tree(sampling.external_path("vae"), abstract, dtype=jnp.float32)
-    return config, layers.bind(graphdef, params)
+    return load_vae(AutoencoderKLConfig.from_json(golden.case("vae").config["vae"]), sampling.external_path("vae"))
 
 
 def test_masked_picture_and_mask(sampling, vae) -> None:
