@@ -253,15 +253,16 @@ class TimeTextEmbed(nnx.Module):
         adapter: Adapter | None,
         dtype: DTypeLike,
     ) -> jax.Array:
-        """([B], [B] or None, [B, P]) -> [B, D]."""
-        temb = self.timestep_embedder(sinusoid(time).astype(dtype), _at(adapter, "timestep_embedder"))
-        temb = temb + self.text_embedder(pooled.astype(dtype), _at(adapter, "text_embedder"))
+        """([B], [B] or None, [B, P]) -> [B, D] in ``dtype``."""
+        # float32: neighbouring times differ in the low bits of these cosines, and there is one row per picture.
+        temb = self.timestep_embedder(sinusoid(time), _at(adapter, "timestep_embedder"))
+        temb = temb + self.text_embedder(pooled.astype(jnp.float32), _at(adapter, "text_embedder"))
         if (self.guidance_embedder is None) != (guidance is None):
             expected = "no guidance" if self.guidance_embedder is None else "a guidance scale"
             raise ValueError(f"this transformer expects {expected} on every branch")
         if self.guidance_embedder is not None and guidance is not None:
-            temb = temb + self.guidance_embedder(sinusoid(guidance).astype(dtype), _at(adapter, "guidance_embedder"))
-        return temb
+            temb = temb + self.guidance_embedder(sinusoid(guidance), _at(adapter, "guidance_embedder"))
+        return temb.astype(dtype)
 
 
 class Modulation(nnx.Module):
@@ -272,8 +273,9 @@ class Modulation(nnx.Module):
         self.chunks = chunks
 
     def __call__(self, temb: jax.Array, adapter: Adapter | None) -> list[jax.Array]:
-        """[B, D] -> ``chunks`` arrays [B, 1, D]."""
-        out = self.linear(jax.nn.silu(temb), _linear(adapter, "linear"))
+        """[B, D] -> ``chunks`` arrays [B, 1, D] float32."""
+        # float32 results: a factor that every token shares is rounded once, where it is used.
+        out = self.linear(jax.nn.silu(temb), _linear(adapter, "linear"), dtype=jnp.float32)
         return jnp.split(out[:, None, :], self.chunks, axis=-1)
 
 
@@ -290,7 +292,14 @@ def _of(branch: Branch, adapters: Adapters) -> Adapter | None:
 
 
 def _modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    return layer_norm(x) * (1 + scale) + shift
+    # float32 and one rounding: 1 + scale keeps seven bits of the scale in bfloat16. Fused, it costs nothing.
+    return (layer_norm(x.astype(jnp.float32)) * (1 + scale) + shift).astype(x.dtype)
+
+
+def _add(x: jax.Array, gate: jax.Array, update: jax.Array) -> jax.Array:
+    """The stream x [B, N, D] plus a gated update, in the stream's dtype."""
+    # float32 and one rounding, as in _modulate.
+    return (x.astype(jnp.float32) + gate * update.astype(jnp.float32)).astype(x.dtype)
 
 
 # --------------------------------------------------------------------------------------- grouping of branches
@@ -478,11 +487,11 @@ class DoubleBlock(nnx.Module):
             adapter = adapters.get(group.adapter) if group.adapter else None
             _, _, gate_attn, shift, scale, gate_mlp = mod
             if group.kind == "text":
-                h = h + gate_attn * self.attn.to_add_out(attended, _linear(adapter, "attn", "to_add_out"))
-                h = h + gate_mlp * self.ff_context(_modulate(h, shift, scale), _at(adapter, "ff_context"))
+                h = _add(h, gate_attn, self.attn.to_add_out(attended, _linear(adapter, "attn", "to_add_out")))
+                h = _add(h, gate_mlp, self.ff_context(_modulate(h, shift, scale), _at(adapter, "ff_context")))
             else:
-                h = h + gate_attn * self.attn.to_out[0](attended, _linear(adapter, "attn", "to_out", "0"))
-                h = h + gate_mlp * self.ff(_modulate(h, shift, scale), _at(adapter, "ff"))
+                h = _add(h, gate_attn, self.attn.to_out[0](attended, _linear(adapter, "attn", "to_out", "0")))
+                h = _add(h, gate_mlp, self.ff(_modulate(h, shift, scale), _at(adapter, "ff")))
             out.append(h)
         return out, tuple(zip(k, v, strict=True))
 
@@ -522,7 +531,7 @@ class SingleBlock(nnx.Module):
         for group, h, gate, mlp, attended in zip(layout.single, x, gates, hidden, mixed, strict=True):
             adapter = adapters.get(group.adapter) if group.adapter else None
             joined = jnp.concatenate([attended, mlp], axis=-1)
-            out.append(h + gate * self.proj_out(joined, _linear(adapter, "proj_out")))
+            out.append(_add(h, gate, self.proj_out(joined, _linear(adapter, "proj_out"))))
         return out, tuple(zip(k, v, strict=True))
 
 
@@ -605,8 +614,8 @@ class Flux(nnx.Module):
         adapter = _of(branches[output], adapters)
         # The published output layer orders its chunks scale, shift, unlike every other modulation.
         scale, shift = self.norm_out(tembs[modulation[output]], _at(adapter, "norm_out"))
-        velocity = self.proj_out(_modulate(streams[output], shift, scale), _linear(adapter, "proj_out"))
-        return velocity.astype(jnp.float32)
+        hidden = _modulate(streams[output], shift, scale)
+        return self.proj_out(hidden, _linear(adapter, "proj_out"), dtype=jnp.float32)
 
     def remember(
         self,
@@ -696,11 +705,12 @@ class Flux(nnx.Module):
         return index, tembs
 
     def _embed(self, branch: Branch, adapters: dict[str, Adapter], dtype: DTypeLike) -> jax.Array:
-        tokens = branch.tokens.astype(dtype)
         adapter = _of(branch, adapters)
         if branch.kind == "text":
-            return self.context_embedder(tokens, _linear(adapter, "context_embedder"))
-        return self.x_embedder(tokens, _linear(adapter, "x_embedder"))
+            return self.context_embedder(branch.tokens.astype(dtype), _linear(adapter, "context_embedder"))
+        # float32: near time 0 the velocity is a small difference in the noisy tokens, divided by the time.
+        tokens = branch.tokens.astype(jnp.float32)
+        return self.x_embedder(tokens, _linear(adapter, "x_embedder")).astype(dtype)
 
 
 def _join_axis(tables: Sequence[Any]) -> jax.Array:

@@ -99,7 +99,7 @@ def _uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float, dtype: DTypeL
 
 
 class Linear(nnx.Module):
-    """``y = x W^T + b`` with W of shape [out, in], contracting the last axis of x; computes in x's dtype."""
+    """``y = x W^T + b`` with W of shape [out, in], contracting the last axis of x; multiplies in x's dtype."""
 
     def __init__(
         self, in_features: int, out_features: int, *, rngs: nnx.Rngs, bias: bool = True, dtype: DTypeLike = jnp.float32
@@ -108,14 +108,21 @@ class Linear(nnx.Module):
         self.weight = _uniform(rngs, (out_features, in_features), bound, dtype)
         self.bias = _uniform(rngs, (out_features,), bound, dtype) if bias else None
 
-    def __call__(self, x: jax.Array, lora: "LowRank | None" = None) -> jax.Array:
-        """[..., in] -> [..., out]; ``lora`` is one adapter's pair of matrices for this linear, or None."""
+    def __call__(self, x: jax.Array, lora: "LowRank | None" = None, *, dtype: DTypeLike | None = None) -> jax.Array:
+        """[..., in] -> [..., out].
+
+        Args:
+          x: the input; products are of its dtype.
+          lora: one adapter's pair of matrices for this linear, or None.
+          dtype: of the result, in which products are also added up; x's when None.
+        """
+        dtype = x.dtype if dtype is None else dtype
         w = self.weight[...].astype(x.dtype)
-        y = jax.lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())))
+        y = jax.lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
         if self.bias is not None:
-            y = y + self.bias[...].astype(x.dtype)
+            y = y + self.bias[...].astype(dtype)
         if lora is not None:
-            y = y + low_rank(x, lora)
+            y = y + low_rank(x, lora).astype(dtype)
         return y
 
 
