@@ -606,16 +606,20 @@ def _keep_what_holds(
         if row["image"] in paths and row["status"] == "fetched" and _is_whole(out / row["image"], row)
     }
 
-    def lasting(row: Mapping[str, Any]) -> bool:
-        # The other reasons follow from the observations and the options, and are found anew.
-        reason = row.get("reason", "")
-        known = reason in ("too_large", "redirect_refused", "not_a_picture", "unsupported_format")
-        return row["image"] in paths and row["status"] == "missing" and (known or reason.startswith("status_"))
-
-    manifest.keep(lambda row: row["image"] in good or (not refresh and lasting(row)))
+    manifest.keep(lambda row: row["image"] in good or (not refresh and row["image"] in paths and _is_lasting(row)))
     if refresh:
         incomplete = {photo.observation for photo in photos if photo.path not in good}
         observations.keep(lambda row: row["observation"] not in incomplete)
+
+
+def _is_lasting(row: Mapping[str, Any]) -> bool:
+    """Whether a server was asked for the photo and it is missing nevertheless.
+
+    The other reasons follow from the observations and the options; every run finds them anew.
+    """
+    reason = row.get("reason", "")
+    known = ("too_large", "redirect_refused", "not_a_picture", "unsupported_format")
+    return row["status"] == "missing" and (reason in known or reason.startswith("status_"))
 
 
 def _is_whole(path: Path, row: Mapping[str, Any]) -> bool:
@@ -650,7 +654,8 @@ def _fetch_all(
                 manifest.append(row)
             except Refused as error:
                 row = _row(photo, "missing", source, reason=error.reason, detail=error.detail)
-                manifest.append(row)
+                if _is_lasting(row):
+                    manifest.append(row)
             except Failed as error:
                 row = _row(photo, "failed", source, reason=error.reason, detail=error.detail)
             outcomes[photo.path] = row
@@ -669,8 +674,7 @@ def _look_up(servers: _Servers, ids: Sequence[str], observations: runs.JsonLines
         batch = unknown[start : start + IDS_PER_REQUEST]
         url = f"{servers.options.api.rstrip('/')}/v1/observations?id={','.join(batch)}&per_page={len(batch)}"
         try:
-            for row in servers.get(url, servers.api, functools.partial(parse_observations, ids=batch)):
-                observations.append(row)
+            observations.extend(servers.get(url, servers.api, functools.partial(parse_observations, ids=batch)))
         except Failed as error:
             unanswered.update(dict.fromkeys(batch, str(error)))
         except Refused as error:
