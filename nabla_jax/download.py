@@ -24,6 +24,7 @@ REDIRECTS = 5
 BACKOFF = 1.0  # seconds before the second attempt; doubles
 MAX_BACKOFF = 60.0
 MAX_RETRY_AFTER = 3600.0  # a server that asks for more is left alone: the run ends and can be continued later
+FORBIDDEN = ("status_401", "status_403")  # reasons: gone, or blocked for now
 _SLICE = 0.5  # seconds: how long a pause may go without looking for a signal
 _MOVED = (301, 302, 303, 307, 308)
 _PASSING = (408, 425, 429)  # and everything from 500
@@ -174,18 +175,17 @@ class Client:
     def get(self, url: str, channel: Channel, check: Callable[[Answer], T]) -> T:
         """``check`` of the answer. It may raise Refused (final) or Failed (tried again) like the request itself.
 
-        Raises Refused, Failed when all attempts failed, Unavailable when that happened ``give_up_after`` times in a
-        row or the server asks for too long a wait, and what ``check_stop`` raises.
+        Raises Refused, Failed when all attempts failed, Unavailable when ``give_up_after`` requests in a row failed or
+        were forbidden or the server asks for too long a wait, and what ``check_stop`` raises.
         """
         try:
             result = self._try(url, channel, check)
-        except Failed as failure:
-            self._failures += 1
+        except Unobtained as failure:
+            # One forbidden photo is gone; when all are forbidden, we are.
+            bad = isinstance(failure, Failed) or failure.reason in FORBIDDEN
+            self._failures = self._failures + 1 if bad else 0
             if self._failures >= self._give_up_after:
                 raise Unavailable(f"{self._failures} requests in a row failed, the last: {failure}") from failure
-            raise
-        except Refused:
-            self._failures = 0
             raise
         self._failures = 0
         return result

@@ -40,6 +40,7 @@ import nabla_jax
 from nabla_jax import images, runs
 from nabla_jax.data import inaturalist
 from nabla_jax.download import (
+    FORBIDDEN,
     Answer,
     Channel,
     Client,
@@ -343,7 +344,7 @@ def parse_observations(answer: Answer, ids: Sequence[str]) -> list[dict[str, Any
     try:
         results = {str(result["id"]): result for result in json.loads(answer.body)["results"]}
         return [{"observation": i, "photos": _photos(results[i]) if i in results else None} for i in ids]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise Failed("unexpected_answer", f"not what the API documents ({type(error).__name__})") from error
 
 
@@ -613,13 +614,14 @@ def _keep_what_holds(
 
 
 def _is_lasting(row: Mapping[str, Any]) -> bool:
-    """Whether a server was asked for the photo and it is missing nevertheless.
+    """Whether a server was asked for the photo and it is missing for good.
 
-    The other reasons follow from the observations and the options; every run finds them anew.
+    The other reasons follow from the observations and the options, or may pass; every run finds them anew.
     """
     reason = row.get("reason", "")
     known = ("too_large", "redirect_refused", "not_a_picture", "unsupported_format")
-    return row["status"] == "missing" and (reason in known or reason.startswith("status_"))
+    answered = reason.startswith("status_") and reason not in FORBIDDEN
+    return row["status"] == "missing" and (reason in known or answered)
 
 
 def _is_whole(path: Path, row: Mapping[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """A local stand-in for iNaturalist's API and media hosts that can misbehave on demand."""
 
+import functools
 import io
 import json
 import threading
@@ -16,6 +17,7 @@ OPEN = "https://inaturalist-open-data.s3.amazonaws.com"
 Behaviour = Callable[["Handler"], None]
 
 
+@functools.cache
 def picture(number: int, format: str = "JPEG", size: tuple[int, int] = (40, 30)) -> bytes:
     """A small picture of noise, (height, width) ``size``, the same for the same number."""
     pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), np.uint8)
@@ -85,8 +87,9 @@ class Site:
                 "attribution": f"(c) someone ü, photo {id}",
             }
             entries.append({"id": id + 7, "position": position, "photo": photo})
+            data = picture(id, format)
             for size in ("original", "large", "medium"):
-                self.files[f"/photos/{id}/{size}.{extension}"] = (f"image/{extension}", picture(id, format))
+                self.files[f"/photos/{id}/{size}.{extension}"] = (f"image/{extension}", data)
         # The order of the answer is not that of the positions.
         self.observations[observation] = {"id": observation, "observation_photos": entries[::-1]}
 

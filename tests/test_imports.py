@@ -64,7 +64,7 @@ def test_models_import_nothing_else_of_the_package(path: Path) -> None:
     assert folders(path) <= {"models", "errors"}
 
 
-VERBS = {"api", "evaluate", "export", "generate", "prepare", "train"}
+VERBS = {"api", "evaluate", "export", "fetch", "generate", "prepare", "train"}
 LOWER = ("checkpoints", "conditioning", "data", "flow", "metrics", "models", "optim", "parallel")
 
 
