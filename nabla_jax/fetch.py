@@ -603,7 +603,7 @@ def _keep_what_holds(
     paths = {photo.path for photo in photos}
     good = {
         row["image"]
-        for row in runs.track(list(manifest.rows), "check", unit="photo")
+        for row in (runs.track(list(manifest.rows), "check", unit="photo") if manifest.rows else ())
         if row["image"] in paths and row["status"] == "fetched" and _is_whole(out / row["image"], row)
     }
 
