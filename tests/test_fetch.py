@@ -829,6 +829,17 @@ def test_what_was_damaged_is_fetched_again(site: Site, pairs: Path, tmp_path: Pa
     assert contents(out) == whole
 
 
+def test_a_finished_folder_that_lost_a_photo_is_not_finished(site: Site, pairs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(site, pairs, out)
+    (out / "images/Cactus_Wren/111/9001.jpg").unlink()
+    site.script[PHOTO] = [status(500)] * 5
+    assert run(site, pairs, out).status == 75
+    assert not (out / "final_pairs.csv").exists()
+    assert run(site, pairs, out).status == 0
+    assert (out / "final_pairs.csv").read_bytes() == pairs.read_bytes()
+
+
 def test_nothing_is_asked_when_everything_is_there(site: Site, pairs: Path, tmp_path: Path) -> None:
     run(site, pairs, tmp_path / "out")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file() and p.name != ".lock"}
