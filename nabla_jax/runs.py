@@ -191,11 +191,15 @@ class JsonLines:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Adds one line."""
+        self.extend([row])
+
+    def extend(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Adds several lines; a death in between keeps the first ones."""
         with writing(self.path):
-            self._file.write(_lines([row]).encode())
+            self._file.write(_lines(rows).encode())
             self._file.flush()
             os.fsync(self._file.fileno())
-        self.rows.append(dict(row))
+        self.rows += [dict(row) for row in rows]
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Drops the rows that are not ``wanted``."""

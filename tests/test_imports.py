@@ -64,7 +64,7 @@ def test_models_import_nothing_else_of_the_package(path: Path) -> None:
     assert folders(path) <= {"models", "errors"}
 
 
-VERBS = {"api", "evaluate", "export", "generate", "prepare", "train"}
+VERBS = {"api", "evaluate", "export", "fetch", "generate", "prepare", "train"}
 LOWER = ("checkpoints", "conditioning", "data", "flow", "metrics", "models", "optim", "parallel")
 
 
@@ -100,7 +100,10 @@ def test_the_core_is_light_to_import() -> None:
 
 def test_errors_in_a_configuration_are_told_before_jax_loads() -> None:
     found = loaded_by(
-        "nabla_jax", "nabla_jax.errors", "nabla_jax.config", "nabla_jax.train", "nabla_jax.generate", "nabla_jax.export"
+        "nabla_jax",
+        "nabla_jax.errors",
+        "nabla_jax.config",
+        *(f"nabla_jax.{verb}" for verb in ("train", "generate", "export", "fetch")),
     )
     assert found & {"jax", "torch", "transformers"} == set()
 
