@@ -1,6 +1,6 @@
 """Pictures for pre-training: views of fresh individuals, rendered once and kept as a memory map.
 
-- ``render``: single individuals, each with two views and a disguise: the second view with the bird in a stranger's coat.
+- ``render``: single individuals, each with two views and a disguise: the second view in a stranger's coat.
 - ``render_families``: sibling species, one individual each, all in the same scenes.
 """
 
@@ -179,7 +179,9 @@ def _draw_all(
             raise UserError(f"{described}: found {found}, expected {settings}; choose another folder or remove it")
     else:
         write_json(described, settings)
-    arrays = {name: _memmap(folder / f"{name}.npy", dtype, shape) for name, (dtype, shape) in shapes.items()}
+    arrays: dict[str, np.ndarray] = {
+        name: _memmap(folder / f"{name}.npy", dtype, shape) for name, (dtype, shape) in shapes.items()
+    }
     starts = [s for s in range(0, n, _CHUNK) if not (folder / f"{extra}-{s:07d}.json").exists()]
     if starts:
         context = multiprocessing.get_context("spawn")
@@ -197,7 +199,7 @@ def _draw_all(
                 write_json(folder / f"{extra}-{start:07d}.json", rows)
                 bar.update(len(rows))
     chunks = [json.loads((folder / f"{extra}-{s:07d}.json").read_text()) for s in range(0, n, _CHUNK)]
-    return {name: array for name, array in arrays.items()}, [row for chunk in chunks for row in chunk]
+    return arrays, [row for chunk in chunks for row in chunk]
 
 
 def _memmap(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:

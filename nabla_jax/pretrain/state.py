@@ -63,13 +63,13 @@ def make_update(
     """The compiled update: (params, ema, optimizer state, step, *arrays) -> the first three, metrics.
 
     Args:
-      loss: (params, *arrays) -> (loss, metrics).
+      loss: (params, step, *arrays) -> (loss, metrics).
       tx: the optimizer.
       ema: decay of the averaged parameters.
     """
 
     def update(params: Any, average: Any, state: Any, number: jax.Array, *arrays: jax.Array) -> tuple[Any, ...]:
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, *arrays)
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, number, *arrays)
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         # The average follows closely at first, else early parameters linger in it.

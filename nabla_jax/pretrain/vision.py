@@ -13,7 +13,7 @@ are siblings in the very same scene. Two objectives:
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,9 @@ from nabla_jax.models.layers import Params
 from nabla_jax.pretrain.pictures import Families
 from nabla_jax.pretrain.state import State, fit, make_update
 
+HELD_OUT = 100
+"""Families that are measured on, never trained on."""
+OBJECTIVES = ("softmax", "sigmoid")
 Embed = Callable[[Params, jax.Array], jax.Array]
 """(parameters, pixels [B, 3, H, W]) -> vectors [B, D]."""
 
@@ -54,7 +57,7 @@ class Settings:
     steps: int
     families: int
     learning_rate: float
-    objective: Literal["softmax", "sigmoid"]
+    objective: str
     temperature: float = 0.1
     masked: float = 1.0
     soft: float = 0.5
@@ -63,6 +66,10 @@ class Settings:
     weight_decay: float = 0.05
     ema: float = 0.995
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise UserError(f"objective: found {self.objective!r}, expected {' or '.join(OBJECTIVES)}")
 
 
 def optimizer(settings: Settings) -> optax.GradientTransformation:
@@ -211,7 +218,7 @@ def measure(embed: Any, params: Params, processor: ImageProcessor, families: Fam
 
 def train(
     embed: Embed, params: Params, families: Families, processor: ImageProcessor, settings: Settings, *,
-    name: str, checkpoint: Path, report: Callable[[dict[str, float]], None], every: int = 100, held_out: int = 100,
+    name: str, checkpoint: Path, report: Callable[[dict[str, float]], None], every: int = 100, held_out: int = HELD_OUT,
 ) -> Params:  # fmt: skip
     """Trains to ``settings.steps``, continuing from ``checkpoint`` if it exists.
 
@@ -240,7 +247,7 @@ def train(
     # exp(scale) = 10, and a bias at which all pairs look different at first, as they nearly all are.
     start = {"network": params, "scale": jnp.log(jnp.float32(10.0)), "bias": jnp.float32(-10.0)}
     tx = optimizer(settings)
-    update = make_update(lambda *args: loss(embed, settings, *args), tx, settings.ema)
+    update = make_update(lambda values, _, *batch: loss(embed, settings, values, *batch), tx, settings.ema)
     compiled = jax.jit(embed)
 
     def tell(state: State, row: dict[str, float]) -> None:
