@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageFilter
 
@@ -34,7 +33,6 @@ from nabla_jax.toybirds.scene import Scene
 LOADERS = {"dinov2": load_dinov2, "siglip": load_siglip}
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 KINDS = ("blur", "noise", "hue", "colour", "marks")
-# Smaller pictures than LPIPS takes must not occur; canvases of 48 pixels have at least 37.
 _BATCH = 64
 
 
@@ -161,15 +159,14 @@ def changed(shot: Photograph, kind: str, strength: float, number: int) -> np.nda
     return np.where(shot.mask[..., None], picture, np.uint8(0))
 
 
-def perceptual_distance(folder: Path) -> Callable[[np.ndarray, np.ndarray], float]:
-    """LPIPS of two pictures uint8 [H, W, 3] of one size."""
+Distances = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], np.ndarray]
+
+
+def perceptual_distance(folder: Path) -> Distances:
+    """LPIPS of pairs of pictures uint8 [H, W, 3] of one size -> [pairs]."""
     network = load_lpips(folder)
     run = jax.jit(lambda params, a, b: layers.bind(network.graphdef, params)(a, b))
-
-    def distance(a: np.ndarray, b: np.ndarray) -> float:
-        return float(run(network.params, jnp.asarray(lpips_pixels([a])), jnp.asarray(lpips_pixels([b])))[0])
-
-    return distance
+    return lambda a, b: np.asarray(run(network.params, lpips_pixels(a), lpips_pixels(b)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,17 +182,15 @@ class Ordering:
     n: int
 
 
-def orderings(world: World, distance: Callable[[np.ndarray, np.ndarray], float]) -> dict[str, Ordering]:
-    """How LPIPS orders the strengths of every kind of change, over square photographs (one compiled program)."""
-    shots = [s for s in world.first if s.masked.shape[0] == s.masked.shape[1]]
+def orderings(world: World, distances: Distances) -> dict[str, Ordering]:
+    """How LPIPS orders the strengths of every kind of change, over the square first photographs."""
+    shots = [shot for shot in world.first if shot.mask.shape[0] == shot.mask.shape[1]]
+    originals = [shot.masked for shot in shots]
     found = {}
     for kind in KINDS:
-        rows = []
-        for number, shot in enumerate(shots):
-            pictures = [changed(shot, kind, strength, number) for strength in STRENGTHS]
-            if (pictures[-1] != shot.masked).any():
-                rows.append([distance(shot.masked, picture) for picture in pictures])
-        table = np.array(rows)
+        made = [[changed(shot, kind, strength, i) for i, shot in enumerate(shots)] for strength in STRENGTHS]
+        visible = [bool((last != first).any()) for last, first in zip(made[-1], originals, strict=True)]
+        table = np.stack([distances(originals, pictures) for pictures in made], axis=1)[visible]
         rises = np.diff(table, axis=1) > 0
         means = tuple(float(m) for m in table.mean(0))
         found[kind] = Ordering(means, float(rises.all(1).mean()), float(rises.mean()), len(table))

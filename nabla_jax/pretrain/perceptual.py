@@ -6,7 +6,7 @@ of two pictures distorted in one way the stronger one is farther away.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -96,7 +96,7 @@ def distort(rng: np.random.Generator, picture: Array, kind: str, strength: float
     from PIL import Image, ImageFilter
 
     if kind == "blur":
-        radius = 2 * strength * max(picture.shape) / 48
+        radius = float(2 * strength * max(picture.shape) / 48)
         return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(radius)))
     if kind == "hue":
         hsv = np.array(Image.fromarray(picture).convert("HSV"))
@@ -142,16 +142,26 @@ def draw_judgements(families: Families, count: int, seed: int) -> tuple[Array, A
     return pictures, mild, strong_ones
 
 
-def channel_differences(graphdef: Any, params: Params, a: Sequence[Array], b: Sequence[Array], what: str) -> Array:
-    """What the weights weigh, all levels side by side, of pairs of uint8 pictures: [pairs, channels] float32."""
+Differences = Callable[[Params, jax.Array, jax.Array], jax.Array]
+"""(parameters, pixels [B, 3, H, W], the same) -> what the weights weigh, all levels side by side, [B, channels]."""
 
-    @jax.jit
-    def run(a: jax.Array, b: jax.Array) -> jax.Array:
+
+def compile_differences(graphdef: Any) -> Differences:
+    """The compiled function; one for all calls, so that it is compiled once for each size of a batch."""
+
+    def run(params: Params, a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.concatenate(layers.bind(graphdef, params).channels(a, b), axis=1)
 
+    return jax.jit(run)
+
+
+def channel_differences(
+    measure: Differences, params: Params, a: Sequence[Array], b: Sequence[Array], what: str
+) -> Array:
+    """What the weights weigh of pairs of uint8 pictures of one size, [pairs, channels] float32; ``what`` is shown."""
     starts = track(range(0, len(a), _BATCH), what, unit="batch")
     return np.concatenate(
-        [np.asarray(run(lpips_pixels(a[s : s + _BATCH]), lpips_pixels(b[s : s + _BATCH]))) for s in starts]
+        [np.asarray(measure(params, *(lpips_pixels(x[s : s + _BATCH]) for x in (a, b)))) for s in starts]
     )
 
 
@@ -215,17 +225,19 @@ def fit_judgements(
       The parameters with their weights, and the share of pairs in the right order: {fitted, held_out}.
     """
 
+    measure = compile_differences(graphdef)
+
     def differences(part: slice, count: int, seed: int) -> tuple[Array, Array]:
         some = Families(families.pictures[part], families.masks[part], families.canvases[part])
         pictures, mild, strong = draw_judgements(some, count, seed)
-        a = channel_differences(graphdef, params, pictures, mild, "mild")
-        return a, channel_differences(graphdef, params, pictures, strong, "strong")
+        a = channel_differences(measure, params, pictures, mild, "mild")
+        return a, channel_differences(measure, params, pictures, strong, "strong")
 
     count = len(families.pictures) - held_out
     mild, strong = differences(slice(0, count), how.count, how.seed)
     n = min(count // 2, how.count)
-    birds = np.where(families.masks[:count, 0, :, :, None], families.pictures[:count, 0, 0], np.uint8(0))
-    unrelated = channel_differences(graphdef, params, birds[:n], birds[n : 2 * n], "unrelated")
+    birds = np.where(families.masks[: 2 * n, 0, :, :, None], families.pictures[: 2 * n, 0, 0], np.uint8(0))
+    unrelated = channel_differences(measure, params, birds[:n], birds[n:], "unrelated")
     weights, fitted = fit_weights(mild, strong, unrelated, how)
     mild, strong = differences(slice(count, None), how.count // 5, how.seed + 1)
     return with_weights(params, weights), {

@@ -12,12 +12,12 @@ from nabla_jax.pretrain.pictures import Families
 SMALL = LpipsConfig((4, 4, 6, 6, 6))
 
 
-def families(n: int = 6, side: int = 32) -> Families:
+def families(n: int = 6, side: int = 16) -> Families:
     rng = np.random.default_rng(1)
-    coarse = rng.integers(0, 256, (n, 3, 2, side // 8, side // 8, 3), np.uint8)
+    coarse = rng.integers(0, 256, (n, 3, 2, side // 4, side // 4, 3), np.uint8)
     masks = np.zeros((n, 2, side, side), bool)
-    masks[:, :, 6:26, 4:28] = True
-    return Families(coarse.repeat(8, -2).repeat(8, -3), masks, np.full((n, 2, 2), side))
+    masks[:, :, 3:13, 2:14] = True
+    return Families(coarse.repeat(4, -2).repeat(4, -3), masks, np.full((n, 2, 2), side))
 
 
 @pytest.mark.parametrize("kind", perceptual.KINDS)
@@ -44,7 +44,7 @@ def test_judgements_are_of_masked_pictures_and_repeat() -> None:
     drawn = perceptual.draw_judgements(some, 20, 7)
     for first, again in zip(drawn, perceptual.draw_judgements(some, 20, 7), strict=True):
         np.testing.assert_array_equal(first, again)
-        assert first.shape == (20, 32, 32, 3) and not first[:, ~some.masks[0, 0]].any()
+        assert first.shape == (20, 16, 16, 3) and not first[:, ~some.masks[0, 0]].any()
     picture, mild, strong = (x.astype(int) for x in drawn)
     assert (np.abs(strong - picture).mean((1, 2, 3)) > np.abs(mild - picture).mean((1, 2, 3))).mean() > 0.85
 
@@ -70,7 +70,7 @@ def test_fitted_weights_trust_the_channels_that_know() -> None:
 
 
 def test_fitting_puts_non_negative_weights_into_every_level() -> None:
-    graphdef, params = perceptual.initialize(SMALL, 32, 8, seed=0)
+    graphdef, params = perceptual.initialize(SMALL, 16, 8, seed=0)
     how = perceptual.Judgements(count=40, steps=50)
     fitted, order = perceptual.fit_judgements(graphdef, params["lpips"], families(), 2, how)
     for level, channels in enumerate(SMALL.channels):
@@ -80,7 +80,8 @@ def test_fitting_puts_non_negative_weights_into_every_level() -> None:
     assert order["fitted"] > 0.85
     # Equal pictures stay at distance 0, whatever was fitted.
     picture = families().pictures[:, 0, 0]
-    same = perceptual.channel_differences(graphdef, fitted, picture, picture, "same")
+    measure = perceptual.compile_differences(graphdef)
+    same = perceptual.channel_differences(measure, fitted, picture, picture, "same")
     assert same.shape == (6, sum(SMALL.channels)) and np.abs(same).max() < 1e-10
 
 

@@ -25,7 +25,7 @@ def coloured(n: int) -> Families:
     centre = rng.uniform(6, 10, (n, 2, 2, 1, 1))
     masks = (y - centre[:, :, 0]) ** 2 + (x - centre[:, :, 1]) ** 2 < 25
     birds, grounds = rng.integers(1, 256, (n, 3, 2, 1, 1, 3)), rng.integers(0, 256, (n, 1, 2, 1, 1, 3))
-    birds[..., 2] = birds[:, :, :1, ..., 2]
+    birds[..., 2] = rng.permuted(np.tile([20, 130, 240], (n, 1)), axis=1)[:, :, None, None, None]
     pictures = np.where(masks[:, None, ..., None], birds, grounds).astype(np.uint8)
     return Families(pictures, masks, np.full((n, 2, 2), SIDE))
 
