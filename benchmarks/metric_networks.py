@@ -32,7 +32,8 @@ from nabla_jax.toybirds.scene import Scene
 
 LOADERS = {"dinov2": load_dinov2, "siglip": load_siglip}
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
-KINDS = ("blur", "noise", "hue", "colour", "marks")
+# Hues turn by up to 90 degrees; "half turn" goes on to 180, where colours are nearly as different as they can be.
+KINDS = ("blur", "noise", "hue", "half turn", "colour", "marks")
 _BATCH = 64
 
 
@@ -155,6 +156,7 @@ def changed(shot: Photograph, kind: str, strength: float, number: int) -> np.nda
     """A masked photograph changed inside its mask; the random choices are the photograph's at every strength."""
     if kind == "marks":
         return photograph(without_marks(shot.identity, strength), shot.scene).masked
+    kind, strength = {"hue": ("hue", strength / 2), "half turn": ("hue", strength)}.get(kind, (kind, strength))
     picture = distort(np.random.default_rng(number), shot.masked, kind, strength)
     return np.where(shot.mask[..., None], picture, np.uint8(0))
 

@@ -6,7 +6,7 @@ of two pictures distorted in one way the stronger one is farther away.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -155,14 +155,17 @@ def compile_differences(graphdef: Any) -> Differences:
     return jax.jit(run)
 
 
-def channel_differences(
-    measure: Differences, params: Params, a: Sequence[Array], b: Sequence[Array], what: str
-) -> Array:
-    """What the weights weigh of pairs of uint8 pictures of one size, [pairs, channels] float32; ``what`` is shown."""
-    starts = track(range(0, len(a), _BATCH), what, unit="batch")
-    return np.concatenate(
-        [np.asarray(measure(params, *(lpips_pixels(x[s : s + _BATCH]) for x in (a, b)))) for s in starts]
-    )
+def channel_differences(measure: Differences, params: Params, a: Array, b: Array, what: str) -> Array:
+    """What the weights weigh of pairs of pictures, uint8 [pairs, H, W, 3] -> [pairs, channels] float32.
+
+    ``what`` is shown beside the progress.
+    """
+
+    def part(start: int) -> Array:
+        first, second = (jnp.asarray(lpips_pixels(list(x[start : start + _BATCH]))) for x in (a, b))
+        return np.asarray(measure(params, first, second))
+
+    return np.concatenate([part(start) for start in track(range(0, len(a), _BATCH), what, unit="batch")])
 
 
 def fit_weights(mild: Array, strong: Array, unrelated: Array, how: Judgements) -> tuple[Array, float]:

@@ -168,7 +168,7 @@ def _draw_all(
     extra: str,
     folder: Path,
     workers: int,
-) -> tuple[dict[str, np.ndarray], list[Any]]:
+) -> tuple[dict[str, np.memmap], list[Any]]:
     """Draws samples 0 to ``n`` in chunks; a chunk is done when its ``extra`` JSON file is there."""
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
     folder.mkdir(parents=True, exist_ok=True)
@@ -179,9 +179,7 @@ def _draw_all(
             raise UserError(f"{described}: found {found}, expected {settings}; choose another folder or remove it")
     else:
         write_json(described, settings)
-    arrays: dict[str, np.ndarray] = {
-        name: _memmap(folder / f"{name}.npy", dtype, shape) for name, (dtype, shape) in shapes.items()
-    }
+    arrays = {name: _memmap(folder / f"{name}.npy", dtype, shape) for name, (dtype, shape) in shapes.items()}
     starts = [s for s in range(0, n, _CHUNK) if not (folder / f"{extra}-{s:07d}.json").exists()]
     if starts:
         context = multiprocessing.get_context("spawn")

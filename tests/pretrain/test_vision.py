@@ -11,7 +11,7 @@ import torch
 from nabla_jax.errors import UserError
 from nabla_jax.metrics.preprocessing import ImageProcessor
 from nabla_jax.pretrain import metric_networks, vision
-from nabla_jax.pretrain.pictures import Families, FamilyConfig, render_families
+from nabla_jax.pretrain.pictures import Families
 
 SIDE = 16
 PROCESSOR = ImageProcessor.siglip(SIDE)
@@ -109,27 +109,6 @@ def test_too_few_families_and_unknown_objectives_are_told(tmp_path: Path) -> Non
         )  # fmt: skip
     with pytest.raises(UserError, match="objective: found 'hinge', expected softmax or sigmoid"):
         vision.Settings(steps=1, families=1, learning_rate=1.0, objective="hinge")
-
-
-def test_families_are_drawn_once_and_share_their_scenes(tmp_path: Path) -> None:
-    config = FamilyConfig("nabla_jax.toybirds", 5, 3, 4, 2, 32)
-    families = render_families(config, tmp_path, 1)
-    assert families.pictures.shape == (3, 4, 2, 32, 32, 3) and families.masks.shape == (3, 2, 32, 32)
-    for pictures, masks, canvases in zip(families.pictures, families.masks, families.canvases, strict=True):
-        for view, mask in enumerate(masks):
-            rows, columns = canvases[view]
-            assert max(rows, columns) == 32
-            # Background is the same for all siblings, birds are not; half covered pixels at the outline belong to both.
-            shots = pictures[:, view].astype(int)
-            spread = np.abs(shots - shots[0]).max(-1)
-            assert (spread[1:, mask].mean(1) > 10).all()
-            assert np.median(spread[1:][:, ~mask]) == 0
-    stamps = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("canvases-*")}
-    again = render_families(config, tmp_path, 1)
-    np.testing.assert_array_equal(again.pictures, families.pictures)
-    assert {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("canvases-*")} == stamps
-    with pytest.raises(UserError, match="choose another folder"):
-        render_families(FamilyConfig("nabla_jax.toybirds", 6, 3, 4, 2, 32), tmp_path, 1)
 
 
 def test_frames_keep_the_bird_and_black_ground() -> None:
