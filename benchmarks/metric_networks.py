@@ -58,11 +58,15 @@ def photograph(identity: Identity, scene: Scene) -> Photograph:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """Two photographs of every observed individual, both of its identity."""
+    """Two photographs of every observed individual.
 
-    settings: plan.Settings
+    ``siblings`` are the second ones with a sibling species in the bird's place: same scene, same outline, same kind of
+    plumage.
+    """
+
     first: list[Photograph]
     second: list[Photograph]
+    siblings: list[Photograph]
 
     @property
     def paths(self) -> np.ndarray:
@@ -74,22 +78,19 @@ def draw_world(seed: int, orders: int = 4, size: int = 48) -> World:
     """All observations of the world that ``python -m nabla_jax.toybirds --seed SEED`` writes, without its files."""
     settings = plan.Settings(seed=seed, orders=orders, size=size)
     observed = [o for subset in ("na", "unseen") for o in plan.observations(settings, subset)]
-    shots = [
+    first, second = (
         [photograph(draw_identity(*o.pictures[k].identity), plan.scene_of(settings, o.pictures[k])) for o in observed]
         for k in range(2)
-    ]
-    return World(settings, *shots)
+    )
+    return World(first, second, [sibling_in_place(shot, number) for number, shot in enumerate(second)])
 
 
-def siblings_in_place(world: World) -> list[Photograph]:
-    """Per observation its second photograph with a sibling species in the bird's place: same scene, same outline."""
-    made = []
-    for number, shot in enumerate(world.second):
-        seed, order, family, species, plumage, _ = shot.identity.path
-        other = (species + 1 + number % (SPECIES_PER_FAMILY - 1)) % SPECIES_PER_FAMILY
-        sibling = draw_identity(seed, order, family, other, plumage, 0)
-        made.append(photograph(dataclasses.replace(sibling, shape=shot.identity.shape), shot.scene))
-    return made
+def sibling_in_place(shot: Photograph, number: int) -> Photograph:
+    """The photograph of a sibling species in the bird's place; the siblings take turns with ``number``."""
+    seed, order, family, species, plumage, _ = shot.identity.path
+    other = (species + 1 + number % (SPECIES_PER_FAMILY - 1)) % SPECIES_PER_FAMILY
+    sibling = draw_identity(seed, order, family, other, plumage, 0)
+    return photograph(dataclasses.replace(sibling, shape=shot.identity.shape), shot.scene)
 
 
 Vectors = Callable[[Sequence[np.ndarray]], np.ndarray]
@@ -124,7 +125,7 @@ def identity_aucs(world: World, vectors: Vectors) -> dict[str, Interval]:
     - ``soft``: as the first, every second photograph blurred
     """
     a, b = vectors([s.masked for s in world.first]), vectors([s.masked for s in world.second])
-    in_place = vectors([s.masked for s in siblings_in_place(world)])
+    in_place = vectors([s.masked for s in world.siblings])
     soft = vectors([soften(s.masked, s.mask) for s in world.second])
     _, order, family, species, plumage, _ = world.paths.T
     families = order * plan.FAMILIES_PER_ORDER + family

@@ -90,7 +90,7 @@ def initialize(name: str, config: Any, seed: int) -> tuple[Any, layers.Params]:
     def start(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         return 0.02 * leaf if "position_embedding" in [key.key for key in path] else leaf
 
-    return graphdef, jax.tree_util.tree_map_with_path(start, params)
+    return graphdef, jax.jit(lambda p: jax.tree_util.tree_map_with_path(start, p))(params)
 
 
 def make_encoder(

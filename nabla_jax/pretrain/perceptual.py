@@ -64,7 +64,8 @@ def initialize(config: LpipsConfig, side: int, width: int, seed: int) -> tuple[A
 
     inputs = config.channels[-1] * (side // 2 ** (len(DEPTHS) - 1)) ** 2
     projection = jax.random.normal(jax.random.fold_in(jax.random.key(seed), 1), (width, inputs)) * inputs**-0.5
-    return graphdef, {"lpips": jax.tree_util.tree_map_with_path(start, params), "projection": projection}
+    params = jax.jit(lambda p: jax.tree_util.tree_map_with_path(start, p))(params)
+    return graphdef, {"lpips": params, "projection": projection}
 
 
 def features(graphdef: Any) -> Embed:

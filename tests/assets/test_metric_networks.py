@@ -31,7 +31,7 @@ LIMIT = 2_000_000
 
 @functools.cache
 def world(seed: int) -> bench.World:
-    return bench.draw_world(seed)
+    return bench.draw_world(seed, orders=4 if seed == BENCHMARK else 2)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
