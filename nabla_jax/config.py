@@ -183,10 +183,15 @@ def load(spec: str, overrides: Mapping[str, str] | Sequence[tuple[str, str]] = (
     return dataclasses.replace(config, source=spec)
 
 
+def read_values(file: str) -> dict[str, Any]:
+    """What ``FILE[:arg]`` says, as nested plain values; nothing is checked."""
+    path, _, arg = file.partition(":")
+    return _plain(_run(Path(path), arg))
+
+
 def load_as(kind: type[T], file: str) -> T:
     """Reads a configuration file into another dataclass than ``Config``, with the same checks of keys and types."""
-    path, _, arg = file.partition(":")
-    built = _build(kind, _plain(_run(Path(path), arg)), "", file)
+    built = _build(kind, read_values(file), "", file)
     assert isinstance(built, kind)
     return built
 

@@ -110,6 +110,62 @@ def ratio_difference(
     return ratio_interval(b - a, reference, clusters, level, resamples=resamples, seed=seed)
 
 
+def auc(positive: Any, negative: Any) -> float:
+    """The chance that a positive exceeds a negative, ties half: the area under the ROC curve.
+
+    Hanley & McNeil 1982. Args: similarities [m] of pairs that belong together and [n] of pairs that do not. Raises
+    UserError if either list is empty.
+    """
+    if not len(positive) or not len(negative):
+        raise UserError(f"AUC: found {len(positive)} positives and {len(negative)} negatives, expected some of both")
+    return float(_wins(np.asarray(positive, np.float64), np.asarray(negative, np.float64)).mean()) / len(negative)
+
+
+def auc_interval(
+    positive: Any,
+    positive_clusters: Any,
+    negative: Any,
+    negative_clusters: Any,
+    level: float = 0.95,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """The AUC; a resample draws whole clusters, and with each of them its positives and its negatives.
+
+    Args:
+        positive: [m] similarities of pairs that belong together.
+        positive_clusters: [m] the class of each: integers or strings.
+        negative: [n] similarities of pairs that do not.
+        negative_clusters: [n].
+        level: as for `mean_interval`, like the rest.
+
+    Raises:
+        UserError: as for `mean_interval`, or a cluster that has positives or negatives alone.
+    """
+    rows = np.asarray(positive, np.float64), np.asarray(negative, np.float64)
+    names = np.asarray(positive_clusters), np.asarray(negative_clusters)
+    sizes = [_cluster_sums(np.ones((1, len(c))), c)[0] for c in names]
+    if not np.array_equal(np.unique(names[0]), np.unique(names[1])):
+        raise UserError("AUC: found clusters with positives or negatives alone, expected both in every one")
+    if not all(np.isfinite(row).all() for row in rows):
+        raise UserError("AUC: found similarities that are not finite numbers")
+    clusters = np.unique(names[0])
+    won = np.stack([_wins(rows[0], rows[1][names[1] == c]) for c in clusters])
+    table = _cluster_sums(won, names[0])  # [clusters of negatives, clusters of positives]
+    drawn = _draws(len(clusters), resamples, seed)
+    values = ((table @ drawn) * drawn).sum(0) / ((sizes[0] @ drawn) * (sizes[1] @ drawn))
+    mean = auc(*rows)
+    low, high = np.quantile(values, _quantiles(level, len(clusters))) if len(clusters) > 1 else (mean, mean)
+    return Interval(mean, float(low), float(high), len(rows[0]), len(clusters))
+
+
+def _wins(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
+    """Per positive [m], how many negatives [n] it exceeds, a tie counting half: [m]."""
+    order = np.sort(negative)
+    return (np.searchsorted(order, positive, "left") + np.searchsorted(order, positive, "right")) / 2
+
+
 def _cluster_sums(rows: Any, clusters: np.ndarray) -> np.ndarray:
     """Sums of each row within each cluster, [rows, clusters], clusters in sorted order."""
     lengths = {np.shape(row) for row in rows} | {clusters.shape}

@@ -1,6 +1,7 @@
-"""Makes a small base checkpoint from nothing: pictures, autoencoder, latents, transformer, published folder.
+"""Makes small checkpoints from nothing, in their published layouts.
 
-    python -m nabla_jax.pretrain --config configs/toy_base.py
+    python -m nabla_jax.pretrain --config configs/toy_base.py     # pictures, autoencoder, latents, transformer
+    python -m nabla_jax.pretrain --config configs/toy_metrics.py  # DINOv2, SigLIP and LPIPS, which judge pictures
 
 Every part continues where it stopped; ``--seconds`` ends the transformer's training early with what it has.
 """
@@ -21,7 +22,7 @@ from nabla_jax.conditioning.text import embed
 from nabla_jax.models import layers
 from nabla_jax.models.autoencoder import AutoencoderKLConfig
 from nabla_jax.models.flux import FluxConfig
-from nabla_jax.pretrain import autoencoder, latents, pictures, text, transformer
+from nabla_jax.pretrain import autoencoder, latents, metric_networks, pictures, text, transformer
 from nabla_jax.runs import read_rows, run_main, write_atomic
 
 _HELD_OUT = 100
@@ -168,6 +169,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seconds", type=float, default=None, help="stop the transformer's training after this long")
     parser.add_argument("--start", type=Path, default=None, help="checkpoint folder whose weights to start from")
     args = parser.parse_args(argv)
+    if "families" in configs.read_values(args.config):
+        networks = configs.load_as(metric_networks.MetricNetworksConfig, args.config)
+        metric_networks.make(dataclasses.replace(networks, source=args.config), args.workers)
+        return
     config = dataclasses.replace(configs.load_as(PretrainConfig, args.config), source=args.config)
     world: Any = importlib.import_module(config.pictures.world)
     output = Path(config.output)

@@ -5,7 +5,6 @@ towards the unit normal, as in Rombach et al. 2022 without the adversarial part.
 (seed, step) alone, so a run continued from a checkpoint equals one that was never stopped.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,10 +16,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from nabla_jax import runs
 from nabla_jax.models import layers
 from nabla_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
-from nabla_jax.pretrain.state import load_arrays, save_arrays
+from nabla_jax.pretrain.state import State, Update, fit, make_update
 
 Params = layers.Params
 
@@ -58,16 +56,6 @@ class Settings:
     l1: float = 0.1
     kl: float = 1e-5
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class State:
-    """Everything a training continues from."""
-
-    step: int
-    params: Params
-    ema: Params
-    optimizer: Any
 
 
 def initialize(config: AutoencoderKLConfig, seed: int) -> tuple["nnx.GraphDef[AutoencoderKL]", Params]:
@@ -127,27 +115,17 @@ def optimizer(settings: Settings) -> optax.GradientTransformation:
     )
 
 
-def make_step(
-    graphdef: "nnx.GraphDef[AutoencoderKL]", settings: Settings
-) -> Callable[..., tuple[Params, Params, Any, dict[str, jax.Array]]]:
+def make_step(graphdef: "nnx.GraphDef[AutoencoderKL]", settings: Settings) -> Update:
     """The compiled update: (params, ema, optimizer state, step, images, masks) -> the first three, metrics."""
-    tx = optimizer(settings)
 
-    def step(
-        params: Params, ema: Params, state: Any, number: jax.Array, images: jax.Array, masks: jax.Array
-    ) -> tuple[Params, Params, Any, dict[str, jax.Array]]:
+    def objective(
+        params: Params, number: jax.Array, images: jax.Array, masks: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(settings.seed), number)
         images = images.astype(jnp.float32).transpose(0, 3, 1, 2) / 127.5 - 1
-        birds = masks.astype(jnp.float32)
-        grads, metrics = jax.grad(lambda p: loss(graphdef, p, images, birds, key, settings), has_aux=True)(params)
-        updates, state = tx.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-        # The average follows closely at first, else early parameters linger in it.
-        decay = jnp.minimum(settings.ema, (1 + number) / (10 + number))
-        ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, ema, params)
-        return params, ema, state, metrics
+        return loss(graphdef, params, images, masks.astype(jnp.float32), key, settings)
 
-    return jax.jit(step, donate_argnums=(0, 1, 2))
+    return make_update(objective, optimizer(settings), settings.ema)
 
 
 def draw_batch(pictures: np.ndarray, masks: np.ndarray, step: int, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
@@ -173,17 +151,6 @@ def draw_batch(pictures: np.ndarray, masks: np.ndarray, step: int, settings: Set
             colour = rng.integers(256, size=3) if rng.random() < 0.5 else np.full(3, grey)
             images[i][birds[i] if rng.random() < 0.5 else ~birds[i]] = colour
     return images, birds
-
-
-def save_state(path: Path, state: State) -> None:
-    """Writes a checkpoint; an interrupted write leaves the previous one in place."""
-    save_arrays(path, state.step, (state.params, state.ema, state.optimizer))
-
-
-def load_state(path: Path, like: State) -> State:
-    """Reads a checkpoint written by ``save_state``. Raises UserError if it belongs to another model."""
-    step, (params, ema, optimizer) = load_arrays(path, (like.params, like.ema, like.optimizer))
-    return State(step, params, ema, optimizer)
 
 
 def reconstruct(
@@ -256,39 +223,28 @@ def train(
       masks: bool [N, H, W].
       held_out: pictures and masks to measure on.
       checkpoint: file to continue from and to write every ``every`` steps.
-      report: receives {step, samples_per_second, mse, kl, psnr_bird, psnr} every ``every`` steps.
+      report: receives {step, samples_per_second, loss, mse, kl, psnr_bird, psnr} every ``every`` steps.
 
     Returns:
       The graph and the final state; ``state.ema`` are the parameters to keep.
     """
     graphdef, params = initialize(config, settings.seed)
-    state = State(0, params, jax.tree.map(jnp.copy, params), optimizer(settings).init(params))
-    if checkpoint.exists():
-        state = load_state(checkpoint, state)
-    step_fn = make_step(graphdef, settings)
-    start, clock = state.step, time.monotonic()
-    with runs.StopSignals() as stop, runs.progress(settings.steps, "autoencoder", done=start, unit="step") as bar:
-        for number in range(state.step, settings.steps):
-            images, birds = draw_batch(pictures, masks, number, settings)
-            params, ema, opt, metrics = step_fn(state.params, state.ema, state.optimizer, number, images, birds)
-            state = State(number + 1, params, ema, opt)
-            bar.update(1)
-            if state.step % every == 0 or state.step == settings.steps:
-                values = {k: float(v) for k, v in metrics.items()}
-                rate = (state.step - start) * settings.batch / (time.monotonic() - clock)
-                decoded, _ = reconstruct(graphdef, state.ema, held_out[0])
-                save_state(checkpoint, state)
-                report(
-                    {
-                        "step": state.step,
-                        "samples_per_second": rate,
-                        **values,
-                        "psnr_bird": psnr(held_out[0], decoded, held_out[1]),
-                        "psnr": psnr(held_out[0], decoded),
-                    }
-                )
-                start, clock = state.step, time.monotonic()
-            if stop.signum is not None:
-                save_state(checkpoint, state)
-                raise runs.Interrupted(stop.signum, f"{checkpoint}: saved after step {state.step}")
+
+    def tell(state: State, row: dict[str, float]) -> None:
+        decoded, _ = reconstruct(graphdef, state.ema, held_out[0])
+        report(
+            {
+                "step": state.step,
+                "samples_per_second": settings.batch * row.pop("steps_per_second"),
+                **row,
+                "psnr_bird": psnr(held_out[0], decoded, held_out[1]),
+                "psnr": psnr(held_out[0], decoded),
+            }
+        )
+
+    state = fit(
+        params, optimizer(settings), make_step(graphdef, settings),
+        lambda number: draw_batch(pictures, masks, number, settings),
+        steps=settings.steps, name="autoencoder", checkpoint=checkpoint, report=tell, every=every,
+    )  # fmt: skip
     return graphdef, state

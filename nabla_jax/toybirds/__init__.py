@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 
 _HOME = {
+    "fresh_family": "fresh",
     "fresh_pair": "fresh",
     "fresh_scenes": "fresh",
     "fresh_captions": "fresh",
@@ -23,6 +24,7 @@ __all__ = [
     "caption",
     "fresh_captions",
     "fresh_disguise",
+    "fresh_family",
     "fresh_pair",
     "fresh_scenes",
     "write_world",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from nabla_jax.toybirds.captions import caption
-from nabla_jax.toybirds.identity import fresh_identity
+from nabla_jax.toybirds.identity import SPECIES_PER_FAMILY, Identity, draw_identity, fresh_identity
 from nabla_jax.toybirds.render import Render, render
-from nabla_jax.toybirds.rng import chance, generator
+from nabla_jax.toybirds.rng import chance, generator, pick
 from nabla_jax.toybirds.scene import Scene, draw_canvas, draw_scene
 
 
@@ -85,3 +85,34 @@ def fresh_captions(
     identity = fresh_identity(seed, index)
     scenes = fresh_scenes(seed, index, size, views, pose_range, mirror_probability, pose)
     return [caption(identity, scene) for scene in scenes]
+
+
+def fresh_siblings(seed: int, index: int, species: int = SPECIES_PER_FAMILY) -> list[Identity]:
+    """One individual of each of the first `species` of a family nobody has seen: one shape, one palette.
+
+    All wear one kind of plumage, adult colours half of the time; in one family of four each draws its own.
+    """
+    rng = generator(seed, "fresh family", index)
+    world = int(rng.random() * 2**53)
+    kinds = (0, 0, 1, 2)
+    mixed, one = chance(rng, 0.25), pick(rng, kinds)
+    return [draw_identity(world, 0, 0, s, pick(rng, kinds) if mixed else one, 1) for s in range(species)]
+
+
+def fresh_family(
+    seed: int,
+    index: int,
+    size: int = 48,
+    species: int = SPECIES_PER_FAMILY,
+    views: int = 2,
+    pose_range: float = 1.0,
+    mirror_probability: float = 0.5,
+    pose: str = "photo",
+    antialias: int | None = None,
+) -> list[list[Render]]:
+    """`views` pictures of each of `fresh_siblings`, [species][views]; (seed, index) fixes every pixel.
+
+    All siblings pose in the same scenes: pictures of one view differ in plumage alone and have one mask.
+    """
+    scenes = fresh_scenes(seed, index, size, views, pose_range, mirror_probability, pose)
+    return [[render(bird, scene, antialias) for scene in scenes] for bird in fresh_siblings(seed, index, species)]

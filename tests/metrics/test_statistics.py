@@ -10,6 +10,8 @@ import scipy.stats
 from nabla_jax.errors import UserError
 from nabla_jax.metrics.statistics import (
     Interval,
+    auc,
+    auc_interval,
     mean_interval,
     paired_difference,
     ratio_difference,
@@ -181,3 +183,47 @@ def test_one_cluster_says_nothing_about_the_spread() -> None:
 def test_what_cannot_be_estimated_is_refused(call: Callable[[], Interval], message: str) -> None:
     with pytest.raises(UserError, match=message):
         call()
+
+
+def test_auc_is_the_rank_sum_statistic() -> None:
+    rng = np.random.default_rng(0)
+    # Few distinct values: ties count half.
+    positive, negative = rng.integers(2, 12, 70), rng.integers(0, 10, 90)
+    expected = scipy.stats.mannwhitneyu(positive, negative).statistic / (70 * 90)
+    assert auc(positive, negative) == pytest.approx(expected, rel=1e-12)
+    assert auc([1.0], [0.0, 0.5]) == 1 and auc([0.0], [1.0]) == 0 and auc([3.0], [3.0]) == 0.5
+    with pytest.raises(UserError, match="found 0 positives and 1 negatives"):
+        auc([], [1.0])
+
+
+def test_auc_intervals_draw_whole_clusters() -> None:
+    rng = np.random.default_rng(1)
+    positive_of, negative_of = rng.permutation(np.repeat(np.arange(9), 6)), rng.permutation(np.repeat(np.arange(9), 11))
+    easy = rng.normal(size=9)
+    positive = 1 + easy[positive_of] + rng.normal(size=54)
+    negative = easy[negative_of] + rng.normal(size=99)
+    found = auc_interval(positive, positive_of, negative, negative_of, resamples=400)
+    assert (found.n, found.clusters) == (54, 9) and found.mean == pytest.approx(auc(positive, negative))
+    # The same resamples the slow way: every drawn cluster's pairs written out.
+    values = []
+    for seed in range(400):
+        drawn = np.random.default_rng((99, seed)).integers(9, size=9)
+        rows = [
+            np.concatenate([row[of == c] for c in drawn])
+            for row, of in ((positive, positive_of), (negative, negative_of))
+        ]
+        values.append(auc(*rows))
+    # Expanded percentiles of 9 clusters lie outside the plain ones; both are simulations of 400 draws.
+    low, high = np.quantile(values, [0.0085, 0.9915])
+    assert (found.low, found.high) == (pytest.approx(low, abs=0.03), pytest.approx(high, abs=0.03))
+    again = auc_interval(positive, [f"c{c}" for c in positive_of], negative, [f"c{c}" for c in negative_of])
+    assert again == auc_interval(positive, positive_of, negative, negative_of)
+    one = auc_interval(positive, np.zeros(54), negative, np.zeros(99))
+    assert one.low == one.mean == one.high
+
+
+def test_auc_intervals_name_what_does_not_fit() -> None:
+    with pytest.raises(UserError, match="positives or negatives alone"):
+        auc_interval([1.0, 2.0], ["a", "b"], [1.0], ["a"])
+    with pytest.raises(UserError, match="not finite"):
+        auc_interval([1.0, np.nan], ["a", "a"], [1.0], ["a"])
