@@ -39,6 +39,31 @@ class Example:
         """The leaf's name without its qualifier of sex, age, season or morph."""
         return tax.species_name(self.class_name)
 
+    @property
+    def plumages(self) -> tuple[tax.Plumage, ...]:
+        """What the leaf's qualifier says, as alternatives; empty where it has none or is not understood."""
+        return tax.plumages(tax.qualifier(self.class_name))
+
+    @property
+    def sex(self) -> str | None:
+        """'male' or 'female' where the qualifier leaves no doubt."""
+        return tax.agreed(self.plumages, "sex")
+
+    @property
+    def age(self) -> str | None:
+        """'adult', 'subadult', 'immature' or 'juvenile' where the qualifier leaves no doubt."""
+        return tax.agreed(self.plumages, "age")
+
+    @property
+    def season(self) -> str | None:
+        """'breeding', 'nonbreeding', 'eclipse', 'summer' or 'winter' where the qualifier leaves no doubt."""
+        return tax.agreed(self.plumages, "season")
+
+    @property
+    def morph(self) -> str | None:
+        """The colour morph, 'dark' or the like, where the qualifier leaves no doubt."""
+        return tax.agreed(self.plumages, "morph")
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
@@ -47,6 +72,7 @@ class Dataset:
     name: str
     root: Path
     examples: tuple[Example, ...]
+    parts: tuple[str, ...] = ()  # names of the rows of ``Example.keypoints``, where the folder names them
 
     @cached_property
     def by_id(self) -> dict[str, Example]:
