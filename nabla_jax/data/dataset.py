@@ -33,6 +33,7 @@ class Example:
     split: str = "test"  # train or test
     licence: str | None = None
     credit: str | None = None
+    scientific_name: str | None = None
 
     @property
     def species(self) -> str:

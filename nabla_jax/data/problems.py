@@ -64,4 +64,4 @@ class Problems:
         others = ""
         if len(errors) > 1:
             others = f" (and {len(errors) - 1} more: python -m nabla_jax.prepare --validate {root} lists all)"
-        raise UserError(f"{errors[0]}{others}")
+        raise UserError(f"{errors[0]}; {errors[0].fix}{others}")
