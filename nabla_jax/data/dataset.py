@@ -100,3 +100,20 @@ def class_index(class_ids: Iterable[int]) -> dict[int, tuple[int, ...]]:
     for position, class_id in enumerate(class_ids):
         index.setdefault(class_id, []).append(position)
     return {class_id: tuple(index[class_id]) for class_id in sorted(index)}
+
+
+def control_file(root: Path, image: Path, folder: str) -> Path:
+    """Where a control of ``image`` belongs: root/FOLDER/..., the path below the root without a leading unpacked/ or
+    images/, as .png.
+    """
+    parts = image.relative_to(root).parts
+    for leading in ("unpacked", "images"):
+        if parts[0] == leading and len(parts) > 1:
+            parts = parts[1:]
+    return root.joinpath(folder, *parts).with_suffix(".png")
+
+
+def existing_control(root: Path, image: Path, folder: str) -> Path | None:
+    """``control_file`` where it is there, or None."""
+    path = control_file(root, image, folder)
+    return path if path.is_file() else None

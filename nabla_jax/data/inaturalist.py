@@ -116,12 +116,18 @@ def scan_rows(path: Path, problems: Problems) -> list[Row]:
             )
         if PurePosixPath(values["relative_path"]).is_absolute() or ".." in PurePosixPath(values["relative_path"]).parts:
             problems.error(
-                path, line, f"relative_path {values['relative_path']} leaves the folder", "write it relative to the list"
+                path,
+                line,
+                f"relative_path {values['relative_path']} leaves the folder",
+                "write it relative to the list",
             )
         url = values.get("inat_url", "")
         if url and url.rstrip("/").rsplit("/", 1)[-1] != row.observation:
             problems.warn(
-                path, line, f"inat_url {url} is not observation {row.observation}", "the id is used; correct one of them"
+                path,
+                line,
+                f"inat_url {url} is not observation {row.observation}",
+                "the id is used; correct one of them",
             )
         count = values.get("photo_count", "")
         for column in ("image_1", "image_2"):

@@ -160,11 +160,11 @@ def scan(root: Path, problems: Problems) -> Dataset:
     return Dataset(root.name, root, tuple(examples), tuple(parts.values()))
 
 
-def read_sizes(root: Path) -> dict[str, tuple[int, int]]:
-    """Id -> (height, width) as sizes.txt has it; lines that cannot be read are left out."""
+def read_sizes(root: Path) -> dict[str, tuple[int, tuple[int, int]]]:
+    """Id -> (line, (height, width)) as sizes.txt has it; lines that cannot be read are left out."""
     path = root / "sizes.txt"
     rows = _table(path, 2, _integers, Problems()) if path.is_file() else {}
-    return {id: (height, width) for id, (_, (width, height)) in rows.items()}
+    return {id: (line, (height, width)) for id, (line, (width, height)) in rows.items()}
 
 
 def read_captions(path: Path) -> dict[str, str]:
@@ -392,7 +392,9 @@ def _part_names(path: Path, rows: Table, problems: Problems) -> dict[int, str]:
         if key.isdigit():
             found[int(key)] = name
         else:
-            problems.error(path, line, f"part id {key!r}, expected an integer", f"write the line as {_FORMAT[path.name]}")
+            problems.error(
+                path, line, f"part id {key!r}, expected an integer", f"write the line as {_FORMAT[path.name]}"
+            )
     return dict(sorted(found.items()))
 
 
@@ -439,7 +441,10 @@ def _keypoints(
     known = np.array(sorted(parts) if parts else np.unique(rows[:, 1]))
     for row in rows[~np.isin(rows[:, 1], known)]:
         problems.error(
-            path, int(row[5]), f"part {row[1]} of {ids[row[0]]} is not in parts.txt", "correct the part, or name it there"
+            path,
+            int(row[5]),
+            f"part {row[1]} of {ids[row[0]]} is not in parts.txt",
+            "correct the part, or name it there",
         )
     rows = rows[np.isin(rows[:, 1], known)]
     place = rows[:, 0] * len(known) + np.searchsorted(known, rows[:, 1])

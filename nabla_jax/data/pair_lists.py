@@ -74,23 +74,37 @@ def kind_of(path: Path) -> Kind:
     if "class_id" in header:
         return "classes"
     raise UserError(
-        f"{path}:1: found columns {', '.join(header) or 'none'}, expected class_id, image_1, image_2 or observation_id, ..."
+        f"{path}:1: found columns {', '.join(header) or 'none'}, "
+        f"expected {', '.join(CLASS_COLUMNS)} or {', '.join(inaturalist.COLUMNS)}"
     )
 
 
-def report_all(paths: Sequence[Path], problems: Problems, dataset: Dataset | None = None) -> list[Report]:
+def report_all(
+    paths: Sequence[Path], problems: Problems, dataset: Dataset | None = None, *, published: bool = True
+) -> list[Report]:
     """A report of each list; lists of unseen species are compared with the seen ones among them and ``dataset``.
 
-    Rows that cannot be read go to ``problems``. Raises UserError for a file that is no pair list.
+    With ``published``, a list that is not the one its authors published is a warning. Rows that cannot be read go to
+    ``problems``. Raises UserError for a file that is no pair list.
     """
     kinds = [kind_of(path) for path in paths]
     tables = [_rows(path, kind, problems) for path, kind in zip(paths, kinds, strict=True)]
     seen = [row for kind, table in zip(kinds, tables, strict=True) if kind == "seen" for row in table]
     names = {e.species for e in dataset.examples} if dataset is not None else set()
-    return [
+    reports = [
         _report(path, kind, table, seen, names, dataset, problems)
         for path, kind, table in zip(paths, kinds, tables, strict=True)
     ]
+    for report in reports:
+        name, sha256 = PUBLISHED[report.kind]
+        if published and report.sha256 != sha256:
+            problems.warn(
+                report.path,
+                None,
+                f"sha256 {report.sha256}, expected {sha256} of the published {name}",
+                "numbers on this list compare with published ones only if it holds the same pairs: get that file",
+            )
+    return reports
 
 
 def strictly_unseen(report: Report) -> str:
@@ -132,15 +146,6 @@ def _report(
     dataset: Dataset | None,
     problems: Problems,
 ) -> Report:
-    sha256 = file_sha256(path)
-    published, expected = PUBLISHED[kind]
-    if sha256 != expected:
-        problems.warn(
-            path,
-            None,
-            f"sha256 {sha256}, expected {expected} of the published {published}",
-            "numbers on this list compare with published ones only if it holds the same pairs; get the published file",
-        )
     exact, mirrored = _repeated(rows)
     places = collections.Counter(_picture(row, c) for row in rows for c in ("image_1", "image_2"))
     capital = [row.line for row in rows for c in ("image_1", "image_2") if row.values[c].endswith(".JPG")]
@@ -170,7 +175,7 @@ def _report(
     return Report(
         path=path,
         kind=kind,
-        sha256=sha256,
+        sha256=file_sha256(path),
         rows=len(rows),
         exact=exact,
         mirrored=mirrored,
@@ -263,8 +268,8 @@ def describe(report: Report) -> list[str]:
     out = [
         f"{report.path}: {TITLES[report.kind]}",
         f"  sha256 {report.sha256}: {'as published' if published else 'not the published list'}",
-        f"  {report.rows:,} rows = {report.unique:,} pairs + {len(report.exact)} exact + {len(report.mirrored)} mirrored "
-        f"repetitions; both directions: {2 * report.rows:,}",
+        f"  {report.rows:,} rows = {report.unique:,} pairs + {len(report.exact)} exact "
+        f"+ {len(report.mirrored)} mirrored repetitions; both directions: {2 * report.rows:,}",
     ]
     for name, repeated in (("exact", report.exact), ("mirrored", report.mirrored)):
         if repeated:
@@ -285,13 +290,15 @@ def describe(report: Report) -> list[str]:
     out.append(f"  {len(report.capital)} rows ({report.capital_names} names) in .JPG{_lines(report.capital)}")
     if report.hyphens:
         out.append(
-            f"  {len(report.hyphens)} rows whose common_name and query_species differ by a hyphen{_lines(report.hyphens)}"
+            f"  {len(report.hyphens)} rows whose common_name and query_species differ by a hyphen alone"
+            f"{_lines(report.hyphens)}"
         )
     if report.kind == "unseen" and report.seen is None:
         out.append("  not compared with seen species: name the seen list too, or a NABirds folder")
     elif report.seen is not None:
         out.append(
-            f"  {report.rows:,} rows = {report.rows - len(report.seen):,} strictly unseen + {len(report.seen)} of seen species:"
+            f"  {report.rows:,} rows = {report.rows - len(report.seen):,} strictly unseen "
+            f"+ {len(report.seen)} of seen species:"
         )
         out += [f"    line {line}: {common} ({scientific})" for line, common, scientific in report.seen]
         out += [

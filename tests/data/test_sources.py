@@ -141,7 +141,7 @@ def test_missing_lists_and_pictures(nabirds: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         read_dataset(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="neither images.txt"):
+    with pytest.raises(UserError, match="found none of manifest.csv .*images.txt"):
         read_dataset(tmp_path / "empty")
 
 
