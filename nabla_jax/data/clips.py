@@ -90,19 +90,19 @@ def scan(root: Path, problems: Problems, gap: float = 1.0, rate: float = 0.0) ->
     species: dict[str, str] = {}
     examples = []
     for clip in clips:
-        where = (root / LIST, clip.line) if clip.line else (root / clip.path, None)
+        file = root / LIST if clip.line else root / clip.path
         if species.setdefault(clip.individual, clip.species) != clip.species:
             found = f"individual {clip.individual} is a {clip.species} here and a {species[clip.individual]} above"
-            problems.error(*where, found, "give an individual one species")
+            problems.error(file, clip.line, found, "give an individual one species")
             continue
         try:
             frames = _video(root, clip, gap) if _is_video(clip.path) else _sequence(root, clip, gap, rate)
         except UserError as error:
-            problems.error(*where, str(error), "mend the clip, or take it out")
+            problems.error(file, clip.line, str(error), "mend the clip, or take it out")
             continue
         if len(frames) < 2:
             found = f"clip {clip.path} has {len(frames)} frame at a gap of {gap:g} s, expected two or more for a pair"
-            problems.warn(*where, found, "kept without a partner; choose a smaller data.frame_gap")
+            problems.warn(file, clip.line, found, "kept without a partner; choose a smaller data.frame_gap")
         name = f"{clip.species} ({clip.individual.replace('(', '[').replace(')', ']')})"
         examples += [_example(root, clip, ids[clip.individual], name, image) for image in frames]
     if not clips and not problems.errors:

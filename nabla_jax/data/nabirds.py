@@ -16,10 +16,9 @@ The first five are required. Lists may differ in order and length; a line is joi
 number.
 """
 
-import array
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -94,7 +93,8 @@ def scan(root: Path, problems: Problems) -> Dataset:
     for name, rows in (("bounding_boxes.txt", boxes), ("sizes.txt", sizes), ("photographers.txt", credits)):
         _require_all(root / name, files, rows, problems.warn)
     paths = _class_paths(root / "image_class_labels.txt", labels, taxonomy, problems)
-    images, masks, depths = (_listing(root / folder) for folder in ("images", "masks", "depth"))
+    folders = [root / folder for folder in ("images", "masks", "depth")]
+    images, masks, depths = map(_listing, folders)
     _unlisted(root, files, images, masks, depths, problems)
     listed: dict[str, str] = {}
     examples = []
@@ -126,7 +126,7 @@ def scan(root: Path, problems: Problems) -> Dataset:
             continue
         if class_id not in paths:
             continue
-        folder = PurePosixPath(file).parts[0]
+        folder = file.split("/", 1)[0]
         if folder.isdigit() and int(folder) != class_id:
             problems.warn(
                 root / "image_class_labels.txt",
@@ -136,17 +136,17 @@ def scan(root: Path, problems: Problems) -> Dataset:
             )
         if file.endswith(".JPG"):
             problems.note("pictures named .JPG")
-        control = str(PurePosixPath(file).with_suffix(".png"))  # whatever the case of .jpg or .JPG
+        control = _png(file)
         examples.append(
             Example(
                 id=id,
-                image=root / "images" / file,
+                image=folders[0] / file,
                 class_id=class_id,
                 class_name=paths[class_id][-1],
                 taxonomy=paths[class_id],
                 box=_box(root / "bounding_boxes.txt", id, boxes.get(id), sizes.get(id), problems),
-                mask=root / "masks" / control if control in masks else None,
-                depth=root / "depth" / control if control in depths else None,
+                mask=folders[1] / control if control in masks else None,
+                depth=folders[2] / control if control in depths else None,
                 keypoints=keypoints.get(id),
                 caption=captions.get(id),
                 split="train" if split else "test",
@@ -180,15 +180,13 @@ def read_captions(path: Path) -> dict[str, str]:
     return captions
 
 
-def lines(path: Path) -> Iterator[tuple[int, str]]:
+def lines(path: Path) -> list[tuple[int, str]]:
     """(line number from 1, text) of the non-empty lines. Raises UserError when the file cannot be read."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield number, line.rstrip("\r")
+    return [numbered for numbered in enumerate(text.split("\n"), 1) if numbered[1].strip()]
 
 
 def _text(words: list[str]) -> Any:
@@ -196,11 +194,14 @@ def _text(words: list[str]) -> Any:
 
 
 def _integers(words: list[str]) -> Any:
-    # Lists converted by other tools hold 12.0 for 12; 12.5 is a mistake.
-    values = [float(word) for word in words]
-    if any(value != int(value) for value in values):
-        raise ValueError
-    return [int(value) for value in values]
+    try:
+        return [int(word) for word in words]
+    except ValueError:
+        # Lists converted by other tools hold 12.0 for 12; 12.5 is a mistake.
+        values = [float(word) for word in words]
+        if any(value != int(value) for value in values):
+            raise
+        return [int(value) for value in values]
 
 
 def _table(
@@ -229,11 +230,12 @@ def _table(
     return table
 
 
-def _lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, problems: Problems) -> list[tuple[int, str]]:
     try:
-        yield from lines(path)
+        return lines(path)
     except UserError as error:
         problems.error(path, None, str(error).removeprefix(f"{path}: "), "save the list as UTF-8 text")
+        return []
 
 
 def _taxonomy(root: Path, classes: Table, links: Table, problems: Problems) -> Taxonomy:
@@ -321,6 +323,12 @@ def _listing(folder: Path) -> set[str]:
     return found
 
 
+def _png(file: str) -> str:
+    """The name of a picture's control, whatever the case of its suffix."""
+    stem, dot, suffix = file.rpartition(".")
+    return f"{stem if dot and '/' not in suffix else file}.png"
+
+
 def _near(file: str, images: set[str]) -> str | None:
     """How to mend a name that differs from a file's in its suffix alone."""
     stem = PurePosixPath(file)
@@ -336,7 +344,7 @@ def _unlisted(
 ) -> None:
     """Warns of pictures and controls that belong to no line, and counts pictures without a mask."""
     listed = {file for _, file in files.values()}
-    controls = {str(PurePosixPath(file).with_suffix(".png")) for file in listed}
+    controls = {_png(file) for file in listed}
     for folder, found, wanted in (("images", images, listed), ("masks", masks, controls), ("depth", depths, controls)):
         for file in sorted(found - wanted):
             problems.warn(
@@ -412,29 +420,11 @@ def _keypoints(
     if not path.is_file():
         return {}
     index = {id: row for row, id in enumerate(files)}
-    # Half a million lines: one flat array instead of a tuple each.
-    flat = array.array("q")
-    for number, line in _lines(path, problems):
-        key, *words = line.split()
-        try:
-            part, x, y, visible = map(int, words)
-        except ValueError:
-            try:
-                part, x, y, visible = _integers(words)
-            except (ValueError, OverflowError):
-                problems.error(
-                    path,
-                    number,
-                    f"expected id, part, x, y, visible: {line.strip()!r}",
-                    f"write the line as {_FORMAT[path.name]}",
-                )
-                continue
-        row = index.get(key)
-        if row is None:
-            problems.error(path, number, f"{key} is not in images.txt", "delete the line, or add the picture there")
-        else:
-            flat.extend((row, part, y, x, visible, number))
-    rows = np.frombuffer(flat, np.int64).reshape(-1, 6)
+    numbered = _lines(path, problems)
+    # Half a million lines: whole columns at a time, line by line only where something is wrong.
+    step = 2**15
+    chunks = [_part_lines(path, numbered[i : i + step], index, problems) for i in range(0, len(numbered), step)]
+    rows = np.concatenate(chunks) if chunks else np.zeros((0, 6), np.int64)
     if not len(rows):
         return {}
     ids = list(files)
@@ -466,8 +456,8 @@ def _keypoints(
             f"part {row[1]} of {ids[row[0]]} is visible at x {row[3]}, y {row[2]}, outside its picture",
             "kept; correct the point, or write 0 0 0",
         )
-    table = np.zeros((len(files) * len(known), 3), np.int32)
-    table[place[first]] = rows[first, 2:5]
+    flat = np.zeros((len(files) * len(known), 3), np.int32)
+    flat[place[first]] = rows[first, 2:5]
     counts = np.bincount(rows[first, 0], minlength=len(files))
     for position in np.flatnonzero(counts < len(known)):
         problems.warn(
@@ -476,8 +466,31 @@ def _keypoints(
             f"picture {ids[position]} has {counts[position]} of {len(known)} parts",
             "the others count as invisible; add their lines",
         )
-    table = table.reshape(len(files), len(known), 3)
+    table = flat.reshape(len(files), len(known), 3)
     return {id: table[row] for id, row in index.items() if counts[row]}
+
+
+def _part_lines(path: Path, numbered: list[tuple[int, str]], index: Mapping[str, int], problems: Problems) -> Array:
+    """[lines, 6] int64 of (row of the picture, part, y, x, visible, line); what cannot be read is reported."""
+    try:
+        ids, part, x, y, visible = zip(*(line.split() for _, line in numbered), strict=True)
+        columns = [[index[id] for id in ids], *(list(map(int, c)) for c in (part, y, x, visible))]
+        return np.array([*columns, [number for number, _ in numbered]], np.int64).T
+    except (ValueError, KeyError):
+        rows = []
+    for number, line in numbered:
+        key, *words = line.split()
+        try:
+            p, x_, y_, v = _integers(words)
+        except (ValueError, OverflowError):
+            found = f"expected id, part, x, y, visible: {line.strip()!r}"
+            problems.error(path, number, found, f"write the line as {_FORMAT[path.name]}")
+            continue
+        if key in index:
+            rows.append((index[key], p, y_, x_, v, number))
+        else:
+            problems.error(path, number, f"{key} is not in images.txt", "delete the line, or add the picture there")
+    return np.array(rows, np.int64).reshape(-1, 6)
 
 
 def _captions(path: Path, files: Table, problems: Problems) -> dict[str, str]:

@@ -32,6 +32,9 @@ TITLES: dict[Kind, str] = {
     "seen": "iNaturalist pairs of seen species",
     "unseen": "iNaturalist pairs of unseen species",
 }
+Named = tuple[tuple[int, str, str], ...]
+"""(line, common name, scientific name) of some rows."""
+
 CLASS_COLUMNS = ("class_id", "image_1", "image_2")
 
 
@@ -55,8 +58,8 @@ class Report:
     observations: int
     dates: dict[str, int]  # format of observed_on -> rows
     hyphens: tuple[int, ...]  # lines whose common name and query_species differ in punctuation alone
-    seen: tuple[tuple[int, str, str], ...] | None  # (line, common name, scientific name); None: no seen list to compare
-    half_seen: tuple[tuple[int, str, str], ...]  # crosses whose second parent alone is seen
+    seen: Named | None  # rows of seen species; None: no seen list to compare with
+    half_seen: Named  # crosses whose second parent alone is seen
 
     @property
     def unique(self) -> int:
@@ -162,7 +165,8 @@ def _report(
         by_class = {e.class_id: e.species for e in dataset.examples}
         classes = {int(row.values["class_id"]) for row in rows if row.values["class_id"].isdigit()}
         species = len({by_class[c] for c in classes if c in by_class})
-    among, half = None, ()
+    among: Named | None = None
+    half: Named = ()
     if kind == "unseen" and (seen or names):
         among = _named(inaturalist.contaminated(rows, seen, names))
         taxa = {inaturalist.binomial(row.values.get("scientific_name", "")) for row in seen}
@@ -201,7 +205,8 @@ def _picture(row: inaturalist.Row, column: str) -> str:
 
 def _repeated(rows: Sequence[inaturalist.Row]) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
     first: dict[frozenset[str], tuple[int, set[tuple[str, str]]]] = {}
-    exact, mirrored = [], []
+    exact: list[tuple[int, int]] = []
+    mirrored: list[tuple[int, int]] = []
     for row in rows:
         pair = (_picture(row, "image_1"), _picture(row, "image_2"))
         if frozenset(pair) not in first:
@@ -213,7 +218,7 @@ def _repeated(rows: Sequence[inaturalist.Row]) -> tuple[tuple[tuple[int, int], .
     return tuple(exact), tuple(mirrored)
 
 
-def _named(rows: Iterable[inaturalist.Row]) -> tuple[tuple[int, str, str], ...]:
+def _named(rows: Iterable[inaturalist.Row]) -> Named:
     return tuple((row.line, row.values["common_name"], row.values.get("scientific_name", "")) for row in rows)
 
 

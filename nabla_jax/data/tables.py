@@ -13,10 +13,10 @@ from nabla_jax.errors import UserError
 def header_of(path: Path) -> list[str]:
     """The column names in the first line; empty for a file that cannot be read as text."""
     try:
-        first = next(lines(path), (1, ""))[1]
+        found = lines(path)
     except UserError:
         return []
-    return [name.strip() for name in next(csv.reader([first]), [])]
+    return [name.strip() for name in next(csv.reader(text for _, text in found), [])]
 
 
 def read_csv(
@@ -29,7 +29,7 @@ def read_csv(
     column there are no rows.
     """
     try:
-        numbered = list(lines(path))
+        numbered = lines(path)
     except UserError as error:
         problems.error(path, None, str(error).removeprefix(f"{path}: "), "save the list as UTF-8 text")
         return []
