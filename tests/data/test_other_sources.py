@@ -280,16 +280,27 @@ def test_streamed_items_equal_those_of_the_json_parser() -> None:
 # -------------------------------------------------------------------------------------- clips
 
 
-def write_video(path: Path, frames: int, rate: int, size: tuple[int, int] = (32, 48)) -> None:
-    """Frame n is of one grey, 5 n."""
+def write_video(
+    path: Path,
+    frames: int,
+    rate: int,
+    size: tuple[int, int] = (32, 48),
+    *,
+    matrix: tuple[int, ...] | None = None,
+    corner: int | None = None,
+) -> None:
+    """Frame n is of one grey, 5 n, but for the upper left corner, where one is given."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as out:
         stream = out.add_stream("mpeg4", rate=Fraction(rate))
         stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+        stream.set_display_matrix(matrix)
         for n in range(frames):
             pixels = np.full((*size, 3), 5 * n, np.uint8)
+            if corner is not None:
+                pixels[: size[0] // 2, : size[1] // 2] = corner
             out.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         out.mux(stream.encode())
 
@@ -324,6 +335,15 @@ def test_a_video_is_decoded_once_at_the_gap(tmp_path: Path) -> None:
     (tmp_path / "Wren" / "b.mp4").write_bytes(b"no video")
     with pytest.raises(UserError, match="b.mp4: cannot be decoded"):
         read_dataset(tmp_path)
+
+
+def test_a_video_that_was_held_sideways_is_turned_upright(tmp_path: Path) -> None:
+    # (x, y) is shown at (-y, x): a quarter turn clockwise, in 16.16 fixed point.
+    quarter = (0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    write_video(tmp_path / "a.mov", 3, 1, matrix=quarter, corner=250)
+    pixels = images.read_rgb(read_dataset(tmp_path).examples[0].image).astype(int)
+    assert pixels.shape == (48, 32, 3)
+    assert pixels[:20, 18:].min() > 200 and pixels[:20, :14].max() < 50 and pixels[28:].max() < 50
 
 
 def test_pyav_is_asked_for_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
