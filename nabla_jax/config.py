@@ -37,6 +37,15 @@ class Data:
     prepared: str  # ArrayRecord folder written by prepare and read by train
     split: str = "train"
     obtain: str = ""
+    source: str = "auto"  # the layout of root; auto: recognised by its files
+    taxon: str = "Aves"  # inat21: only this taxon or supercategory; empty: everything
+    frame_gap: float = 1.0  # clips: least seconds between two frames
+    frame_rate: float = 0.0  # clips: frames per second of sequences that clips.csv gives none for; 0: unknown
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How ``root`` is read: the keyword arguments of ``nabla_jax.data.read_dataset``."""
+        return {name: getattr(self, name) for name in ("source", "taxon", "frame_gap", "frame_rate")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +142,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "train.dtype": ("bfloat16", "float32"),
     "train.remat": ("none", "full", "save_attention", "offload"),
     "data.split": ("train", "test", "all"),
+    "data.source": ("auto", "manifest", "nabirds", "inaturalist", "tfds", "inat21", "clips"),
 }
 
 
@@ -409,7 +419,14 @@ def _check_ranges(config: Config, where: str) -> None:
     for key in positive.split():
         if not flat[key] > 0:
             raise UserError(f"{where}: {key}: found {flat[key]!r}, expected more than 0")
-    for key in ("train.sample_every", "train.seed", "sample.seed", "optim.weight_decay"):
+    for key in (
+        "data.frame_gap",
+        "data.frame_rate",
+        "train.sample_every",
+        "train.seed",
+        "sample.seed",
+        "optim.weight_decay",
+    ):
         if not flat[key] >= 0:
             raise UserError(f"{where}: {key}: found {flat[key]!r}, expected 0 or more")
     if not 0 <= config.train.ema < 1:

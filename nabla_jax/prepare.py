@@ -68,7 +68,15 @@ def main(argv: Sequence[str]) -> None:
 
     def arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--overwrite", action="store_true", help="empty a folder made with other settings")
+        parser.add_argument(
+            "--validate", action="store_true", help="list every problem of a data folder (see --validate --help)"
+        )
 
+    if "--validate" in argv:
+        from nabla_jax.data import validate
+
+        validate.main(argv)
+        return
     config, options = configs.parse_command(argv, "Encodes a dataset for training.", arguments)
     configs.check_inputs(config, "prepare")
     prepare(config, load_encoders(config), overwrite=options.overwrite)
@@ -124,7 +132,7 @@ def prepare(config: configs.Config, encoders: Encoders, *, overwrite: bool = Fal
     was made with other settings (unless ``overwrite``) or cannot be written.
     """
     folder = Path(config.data.prepared)
-    dataset = read_dataset(config.data.root)
+    dataset = read_dataset(config.data.root, **config.data.reading)
     examples = sorted(dataset.of_split(config.data.split), key=lambda e: e.id)
     captions, rows = captions_of(config, examples)
     with runs.writing(folder):

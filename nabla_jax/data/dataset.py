@@ -33,11 +33,37 @@ class Example:
     split: str = "test"  # train or test
     licence: str | None = None
     credit: str | None = None
+    scientific_name: str | None = None
 
     @property
     def species(self) -> str:
         """The leaf's name without its qualifier of sex, age, season or morph."""
         return tax.species_name(self.class_name)
+
+    @property
+    def plumages(self) -> tuple[tax.Plumage, ...]:
+        """What the leaf's qualifier says, as alternatives; empty where it has none or is not understood."""
+        return tax.plumages(tax.qualifier(self.class_name))
+
+    @property
+    def sex(self) -> str | None:
+        """'male' or 'female' where the qualifier leaves no doubt."""
+        return tax.agreed(self.plumages, "sex")
+
+    @property
+    def age(self) -> str | None:
+        """'adult', 'subadult', 'immature' or 'juvenile' where the qualifier leaves no doubt."""
+        return tax.agreed(self.plumages, "age")
+
+    @property
+    def season(self) -> str | None:
+        """'breeding', 'nonbreeding', 'eclipse', 'summer' or 'winter' where the qualifier leaves no doubt."""
+        return tax.agreed(self.plumages, "season")
+
+    @property
+    def morph(self) -> str | None:
+        """The colour morph, 'dark' or the like, where the qualifier leaves no doubt."""
+        return tax.agreed(self.plumages, "morph")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +73,7 @@ class Dataset:
     name: str
     root: Path
     examples: tuple[Example, ...]
+    parts: tuple[str, ...] = ()  # names of the rows of ``Example.keypoints``, where the folder names them
 
     @cached_property
     def by_id(self) -> dict[str, Example]:
@@ -73,3 +100,20 @@ def class_index(class_ids: Iterable[int]) -> dict[int, tuple[int, ...]]:
     for position, class_id in enumerate(class_ids):
         index.setdefault(class_id, []).append(position)
     return {class_id: tuple(index[class_id]) for class_id in sorted(index)}
+
+
+def control_file(root: Path, image: Path, folder: str) -> Path:
+    """Where a control of ``image`` belongs: root/FOLDER/..., the path below the root without a leading unpacked/ or
+    images/, as .png.
+    """
+    parts = image.relative_to(root).parts
+    for leading in ("unpacked", "images"):
+        if parts[0] == leading and len(parts) > 1:
+            parts = parts[1:]
+    return root.joinpath(folder, *parts).with_suffix(".png")
+
+
+def existing_control(root: Path, image: Path, folder: str) -> Path | None:
+    """``control_file`` where it is there, or None."""
+    path = control_file(root, image, folder)
+    return path if path.is_file() else None

@@ -7,6 +7,13 @@ from collections.abc import Mapping
 from nabla_jax.errors import UserError
 
 _QUALIFIER = re.compile(r"\s*\(([^()]*)\)$")
+_WORDS = {
+    "sex": ("male", "female"),
+    "age": ("adult", "subadult", "immature", "juvenile"),
+    "season": ("breeding", "nonbreeding", "eclipse", "summer", "winter"),
+}
+_FIELD = {word: field for field, words in _WORDS.items() for word in words}
+_MORPH = ("morph", "phase", "form")
 
 
 def normalise_name(name: str) -> str:
@@ -23,6 +30,47 @@ def qualifier(name: str) -> str | None:
     """The qualifier in brackets at the end of a leaf's name (sex, age, season, morph), or None."""
     found = _QUALIFIER.search(normalise_name(name))
     return found.group(1) if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plumage:
+    """What a qualifier says of a bird, in lower case; None where it says nothing."""
+
+    sex: str | None = None  # male or female
+    age: str | None = None  # adult, subadult, immature or juvenile
+    season: str | None = None  # breeding, nonbreeding, eclipse, summer or winter
+    morph: str | None = None  # the words before "morph": dark, light, ...
+
+
+def plumages(qualifier: str | None) -> tuple[Plumage, ...]:
+    """The alternatives a qualifier names: 'Female/Eclipse male' -> female, or male in eclipse.
+
+    A slash, a comma and "or" part alternatives. Empty when any word of it is not understood, as in the name of a
+    subspecies group: half a reading could be the wrong half, so such a qualifier is kept verbatim alone.
+    """
+    found = []
+    for alternative in re.split(r"/|,|\bor\b", (qualifier or "").lower()):
+        words = alternative.replace("non-breeding", "nonbreeding").split()
+        values: dict[str, str] = {}
+        for end in (i for i, word in enumerate(words) if word in _MORPH):
+            start = next((i + 1 for i in reversed(range(end)) if words[i] in _FIELD), 0)
+            values["morph"] = " ".join(words[start:end])
+            words = words[:start] + words[end + 1 :]
+            break
+        for word in words:
+            if word not in _FIELD or _FIELD[word] in values:
+                return ()
+            values[_FIELD[word]] = word
+        if not values or not all(values.values()):
+            return ()
+        found.append(Plumage(**values))
+    return tuple(found)
+
+
+def agreed(alternatives: tuple[Plumage, ...], field: str) -> str | None:
+    """The value of ``field`` that all alternatives share, or None: 'Female/juvenile' is of neither one sex nor age."""
+    values = {getattr(plumage, field) for plumage in alternatives}
+    return values.pop() if len(values) == 1 else None
 
 
 @dataclasses.dataclass(frozen=True)

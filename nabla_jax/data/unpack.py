@@ -1,0 +1,43 @@
+"""Pictures that a source keeps inside other files (shards, videos), written beside it once, below unpacked/.
+
+    FOLDER/...              the pictures
+    FOLDER/index.json       what they were made from and one row per picture, written last
+
+A folder whose index says it was made from the same things is used as it is; one that was interrupted is made again,
+which finds its pictures and writes only what is missing.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from nabla_jax import runs
+
+FOLDER = "unpacked"
+INDEX = "index.json"
+
+Row = dict[str, Any]
+
+
+def rows(folder: Path, made_from: Any, make: Callable[[Path], Iterable[Row]]) -> list[Row]:
+    """The rows of ``folder``'s index, made by ``make(folder)`` where it has none from the same things.
+
+    ``made_from`` is plain JSON that the pictures depend on. ``make`` writes pictures with ``write`` and gives a row of
+    plain JSON for each, with their paths below the folder. Raises UserError when the folder cannot be written.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        found = runs.read_json(index)
+        if isinstance(found, dict) and found.get("made_from") == made_from:
+            kept: list[Row] = found["rows"]
+            return kept
+    with runs.lock(folder / ".lock", str(folder)):
+        made = list(make(folder))
+        runs.write_json(index, {"made_from": made_from, "rows": made})
+    return made
+
+
+def write(path: Path, data: bytes) -> None:
+    """Writes a file atomically, unless the same bytes are there already."""
+    if not (path.is_file() and path.read_bytes() == data):
+        runs.write_atomic(path, data)
