@@ -46,6 +46,9 @@ def omini() -> ConfigDict:
             "conditioning": {
                 "size": 1024,
                 "control": "fill",
+                "skeleton": "dense",
+                "dot": 15,
+                "line": 10,
                 "caption": "fixed",
                 "prompt": "A photo of a bird.",
                 "text_length": 512,
@@ -93,6 +96,9 @@ def toy(config: ConfigDict) -> ConfigDict:
         {"toy-nabla": "data/toybirds/nabirds", "toy-inat-unseen": "data/toybirds/inat/unseen"}
     )
     config.conditioning.size = 48
+    # Pixels of the picture: 15 and 10 are made for pictures of a thousand.
+    config.conditioning.dot = 3
+    config.conditioning.line = 1
     config.conditioning.text_length = 16
     config.lora.rank = 16
     config.lora.alpha = 16.0

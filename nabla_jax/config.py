@@ -45,6 +45,9 @@ class Conditioning:
 
     size: int  # side in pixels of the square model canvas
     control: str = "fill"
+    skeleton: str = "dense"  # lines between keypoints; this and the next two are for control keypoints alone
+    dot: int = 15  # diameter of a keypoint in pixels of the picture
+    line: int = 10  # width of a skeleton's line in pixels of the picture
     caption: str = "fixed"
     prompt: str = "A photo of a bird."
     text_length: int = 512  # T5 tokens
@@ -126,7 +129,8 @@ T = typing.TypeVar("T")
 Verb = typing.Literal["prepare", "train", "generate", "evaluate"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "conditioning.control": ("fill",),
+    "conditioning.control": ("fill", "depth", "keypoints"),
+    "conditioning.skeleton": ("dense", "sparse", "dots"),
     "conditioning.caption": ("fixed",),
     "lora.init": ("gaussian",),
     "optim.name": ("prodigy", "adamw"),
@@ -398,7 +402,7 @@ def _check_ranges(config: Config, where: str) -> None:
         if flat[key] not in choices:
             raise UserError(f"{where}: {key}: found {flat[key]!r}, expected one of {', '.join(choices)}")
     positive = (
-        "conditioning.size conditioning.text_length lora.rank lora.alpha optim.lr optim.d0 optim.clip "
+        "conditioning.size conditioning.dot conditioning.line conditioning.text_length lora.rank lora.alpha optim.lr optim.d0 optim.clip "
         "train.steps train.batch train.log_every train.save_every train.foreground_weight sample.steps sample.batch"
     )
     for key in positive.split():

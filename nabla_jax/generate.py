@@ -64,6 +64,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--subject_mask", type=Path)
     add("--target", type=Path, help="one picture: in which pose and place")
     add("--target_mask", type=Path)
+    add("--target_depth", type=Path, help="for control depth: grey picture of the target's size, near is bright")
+    add("--target_keypoints", type=Path, help="for control keypoints: 11 lines `part x y visible`")
 
 
 def _benchmarks(config: configs.Config, arguments: argparse.Namespace) -> list[str]:
@@ -91,12 +93,20 @@ def _make_one(config: configs.Config, arguments: argparse.Namespace) -> None:
     # Pictures are read before weights.
     subject = controls.read_pair(arguments.subject, arguments.subject_mask)
     target = controls.read_pair(arguments.target, arguments.target_mask)
+    needs = controls.find_control(config.conditioning.control).needs
+    if needs is not None and getattr(arguments, f"target_{needs}") is None:
+        raise UserError(f"control {config.conditioning.control}: missing --target_{needs}")
+    readers = {"depth": controls.read_depth, "keypoints": controls.read_keypoints}
+    further = {}
+    if needs is not None:
+        path = getattr(arguments, f"target_{needs}")
+        further[f"target_{needs}"] = readers[needs](path, *target[0].shape[:2])
     if arguments.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--out: found {arguments.out}, expected the name of a .png, .jpg or .webp file")
     with runs.writing(arguments.out.parent):
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
     result = _load(config, arguments.adapter, arguments.control_adapter).repose(
-        subject[0], target[0], subject[1], target[1]
+        subject[0], target[0], subject[1], target[1], **further
     )
     write_image(np.asarray(result), arguments.out)
     print(arguments.out)
@@ -148,9 +158,9 @@ def read_works(
 ) -> Iterator[Work]:
     """What there is to make for each benchmark and choice of subjects.
 
-    Raises UserError for a dataset that cannot be read and for pictures without a mask.
+    Raises UserError for a dataset that cannot be read and for pictures without what their part is made of.
     """
-    from nabla_jax.data import read_dataset
+    from nabla_jax.data import controls, read_dataset
     from nabla_jax.data.pairs import benchmark_pairs, shuffled_subjects
 
     for name in names:
@@ -160,9 +170,9 @@ def read_works(
         for kind in kinds:
             right = {pair.key: pair.subject_id for pair in pairs}
             subjects = right if kind == "right" else shuffled_subjects(pairs, dataset, config.sample.seed)
-            for image in {*subjects.values(), *(pair.target_id for pair in pairs)}:
-                if dataset.by_id[image].mask is None:
-                    raise UserError(f"{root}: picture {image} of benchmark {name} has no mask, expected one")
+            controls.require([dataset.by_id[image] for image in dict.fromkeys(subjects.values())], "fill")
+            targets = [dataset.by_id[image] for image in dict.fromkeys(pair.target_id for pair in pairs)]
+            controls.require(targets, config.conditioning.control)
             yield Work(name, kind, out / name / kind, dataset, pairs, subjects)
 
 
@@ -243,15 +253,16 @@ def _maker(reposer: "api.Reposer", work: Work, config: configs.Config) -> Callab
     from nabla_jax import api
     from nabla_jax.data import controls
 
-    def read(image_id: str) -> tuple[Array, Array]:
-        example = work.dataset.by_id[image_id]
-        assert example.mask is not None
-        return controls.read_pair(example.image, example.mask)
+    def job(pair: "Pair") -> api.Job:
+        examples = work.dataset.by_id
+        # Of the subject its silhouette is enough, whatever the control.
+        subject = controls.read_view(examples[work.subjects[pair.key]], "fill")
+        target = controls.read_view(examples[pair.target_id], reposer.conditioning.control)
+        key = f"{work.name}/{pair.key}"
+        return api.Job(key, subject.image, subject.mask, target.image, target.mask, target.depth, target.keypoints)
 
     def make(pairs: Sequence["Pair"]) -> list[Made]:
-        jobs = [
-            api.Job(f"{work.name}/{pair.key}", *read(work.subjects[pair.key]), *read(pair.target_id)) for pair in pairs
-        ]
+        jobs = [job(pair) for pair in pairs]
         return [(image, place.to_json()) for image, place in reposer.repose_batch(jobs, config.sample)]
 
     return make

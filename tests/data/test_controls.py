@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nabla_jax.config import Conditioning
 from nabla_jax.data import controls
 from nabla_jax.errors import UserError
 from tests.data.folders import picture
@@ -82,7 +83,7 @@ def test_masks(tmp_path: Path) -> None:
 
 def test_fill_cuts_the_silhouette_out_and_nothing_else() -> None:
     image, mask = picture(295, 1)
-    filled = controls.fill_control(image, mask)
+    filled = controls.CONTROLS["fill"].draw(controls.View(image, mask), Conditioning(96))
     assert (filled[mask] == 0).all()
     np.testing.assert_array_equal(filled[~mask], image[~mask])
 
@@ -90,7 +91,7 @@ def test_fill_cuts_the_silhouette_out_and_nothing_else() -> None:
 def test_canvases_agree_on_where_things_are() -> None:
     """Target and control share one placement: away from the bird they show the same picture."""
     image, mask = picture(295, 1)
-    target, control = controls.target_canvas(image, 96), controls.control_canvas("fill", image, mask, 96)
+    target, control = controls.target_canvas(image, 96), controls.control_canvas(controls.View(image, mask), Conditioning(96))
     assert target.placement == control.placement
     top, left, bottom, right = (round(v) for v in target.placement.region())
     for canvas in (target, control):
@@ -129,4 +130,4 @@ def test_latent_mask_is_coverage_of_the_padded_square() -> None:
 
 def test_unknown_control() -> None:
     with pytest.raises(UserError, match=r"conditioning.control: found 'edges', expected one of fill"):
-        controls.control_canvas("edges", *picture(295, 1), 64)
+        controls.control_canvas(controls.View(*picture(295, 1)), Conditioning(64, "edges"))
