@@ -37,9 +37,7 @@ SKELETONS: Mapping[str, Sequence[tuple[str, str]]] = {"dense": DENSE, "sparse": 
 """Name -> lines between parts, in the order in which they are drawn."""
 
 
-def draw(
-    keypoints: Array, height: int, width: int, skeleton: str = "dense", dot: int = 15, line: int = 10
-) -> Array:
+def draw(keypoints: Array, height: int, width: int, skeleton: str = "dense", dot: int = 15, line: int = 10) -> Array:
     """The skeleton on black.
 
     Args:

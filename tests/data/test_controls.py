@@ -91,7 +91,10 @@ def test_fill_cuts_the_silhouette_out_and_nothing_else() -> None:
 def test_canvases_agree_on_where_things_are() -> None:
     """Target and control share one placement: away from the bird they show the same picture."""
     image, mask = picture(295, 1)
-    target, control = controls.target_canvas(image, 96), controls.control_canvas(controls.View(image, mask), Conditioning(96))
+    target, control = (
+        controls.target_canvas(image, 96),
+        controls.control_canvas(controls.View(image, mask), Conditioning(96)),
+    )
     assert target.placement == control.placement
     top, left, bottom, right = (round(v) for v in target.placement.region())
     for canvas in (target, control):
