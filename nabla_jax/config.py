@@ -402,7 +402,8 @@ def _check_ranges(config: Config, where: str) -> None:
         if flat[key] not in choices:
             raise UserError(f"{where}: {key}: found {flat[key]!r}, expected one of {', '.join(choices)}")
     positive = (
-        "conditioning.size conditioning.dot conditioning.line conditioning.text_length lora.rank lora.alpha optim.lr optim.d0 optim.clip "
+        "conditioning.size conditioning.dot conditioning.line conditioning.text_length "
+        "lora.rank lora.alpha optim.lr optim.d0 optim.clip "
         "train.steps train.batch train.log_every train.save_every train.foreground_weight sample.steps sample.batch"
     )
     for key in positive.split():

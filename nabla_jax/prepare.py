@@ -39,7 +39,6 @@ from nabla_jax.data.dataset import class_index
 from nabla_jax.data.loader import MANIFEST, SCHEMA, TEXT, shard_name
 from nabla_jax.data.records import RecordReader, encode_record, write_shard
 from nabla_jax.errors import UserError
-from nabla_jax.hashing import file_sha256
 
 Array = np.ndarray[Any, Any]
 T = TypeVar("T")

@@ -108,9 +108,8 @@ class Placement:
         9 pixels gives the whole picture. Raises UserError for an empty mask.
         """
         height, width = mask.shape
-        return cls.crop(
-            height, width, square_box(scale_box(_bird_box(mask), ratio, height, width), height, width), size
-        )
+        window = scale_box(_bird_box(mask), ratio, height, width)
+        return cls.crop(height, width, square_box(window, height, width), size)
 
     def padded(self, ratio: float) -> "Placement":
         """The same crop on a square ``ratio`` times as high and wide, centred; every pixel count is rounded down."""

@@ -54,7 +54,7 @@ def equal(found: np.ndarray, stored: np.ndarray, grey_levels: int = 0) -> None:
 
 def test_there_is_something_to_compare() -> None:
     assert {"landscape", "portrait_edge", "square", "empty", "few_pixels"} <= set(NAMES)
-    assert ITEMS and PAIRS and FINAL and SIZE == GOLDEN.config["condition_size"][0]
+    assert ITEMS and PAIRS and FINAL and GOLDEN.config["condition_size"][0] == SIZE
 
 
 # ------------------------------------------------------------------------------------------------ boxes, padding
@@ -82,7 +82,7 @@ def test_enlarged_boxes(name: str) -> None:
     whole = (top, left, min(bottom + 1, height), min(right + 1, width))
     for ratio in (1.2, 2.0):
         y0, y1, x0, x1 = CROPS[name][f"expand_bbox_{ratio}"]
-        np.testing.assert_allclose(scale_box(whole, ratio, height, width), (y0, x0, y1, x1), rtol=0, atol=1.5)
+        np.testing.assert_allclose(scale_box(whole, ratio, height, width), (y0, x0, y1, x1), rtol=0, atol=2)
         square = square_box((y0, x0, y1, x1), height, width)
         y0, y1, x0, x1 = CROPS[name][f"box2square_of_expand_{ratio}"]
         np.testing.assert_allclose(square, (y0, x0, y1, x1), rtol=0, atol=1)
@@ -299,21 +299,16 @@ def published_window(mask: np.ndarray) -> tuple[int, int, int, int]:
         ]
     half = max(stop - start for start, stop, _ in edges) // 2
     longest = max(range(2), key=lambda axis: (edges[axis][1] - edges[axis][0], axis == 0))
-    (y, x) = (
-        (start, stop)
-        if axis == longest
-        else (max(0, (start + stop) // 2 - half), min(limit, (start + stop) // 2 + half))
-        for axis, (start, stop, limit) in enumerate(edges)
-    )
-    return y[0], x[0], y[1], x[1]
+    start, stop, limit = edges[1 - longest]
+    middle = (start + stop) // 2
+    edges[1 - longest] = (max(0, middle - half), min(limit, middle + half), limit)
+    return edges[0][0], edges[1][0], edges[0][1], edges[1][1]
 
 
 @pytest.mark.parametrize("pair", sorted(PAIRS))
 def test_window_mask_and_paste(pair: str) -> None:
     subject, target = pair.split("->")
-    stored = {
-        n: GOLDEN.tensor("insert_predict", f"{pair}.{n}") for n in ("ref", "diptych", "mask", "generated", "result")
-    }
+    stored = GOLDEN.tensors("insert_predict", f"{pair}.")
     place = Placement.crop(*source(subject, "mask").shape, published_box(subject), SIZE)
     reference = place.apply(source(subject), 255, "lanczos")
     equal(reference, stored["ref"])
