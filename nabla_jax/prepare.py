@@ -70,7 +70,15 @@ def main(argv: Sequence[str]) -> None:
 
     config, options = configs.parse_command(argv, "Encodes a dataset for training.", arguments)
     configs.check_inputs(config, "prepare")
+    complete(config)
     prepare(config, load_encoders(config), overwrite=options.overwrite)
+
+
+def complete(config: configs.Config) -> None:
+    """Makes the masks and controls that the dataset lacks, where there are checkpoints to make them with."""
+    from nabla_jax.extract import work
+
+    work.complete(config, config.data.root)
 
 
 def load_encoders(config: configs.Config) -> Encoders:

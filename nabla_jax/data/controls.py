@@ -231,6 +231,7 @@ def require(examples: Sequence[Example], kind: str) -> None:
             raise UserError(
                 f"{absent[0].image}: has no {field}; {len(absent)} of {len(examples)} pictures have none, "
                 f"expected {expected[field]}"
+                + ("" if field == "keypoints" else "; python -m nabla_jax.extract makes them")
             )
 
 

@@ -56,7 +56,10 @@ class Wording:
     def forbidden(self, caption: str) -> list[str]:
         """The words of ``caption`` that tell the bird, in the order of the kinds: names, looks, colours."""
         patterns = self._patterns
-        found = [] if patterns.names is None else [m.group() for m in patterns.names.finditer(caption)]
+        found = []
+        if patterns.names is not None:
+            found = [m.group() for m in patterns.names.finditer(caption)]
+            caption = patterns.names.sub("bird", caption)
         found += [m.group() for m in patterns.plumage.finditer(caption)]
         return found + [m.group().strip() for m in patterns.coloured.finditer(caption)]
 

@@ -158,7 +158,8 @@ def extract(
     place = folder.root / FOLDER
     rows_file = place / f"{what}-{shard.index}-of-{shard.count}.jsonl"
     with runs.lock(place / f".{rows_file.name}.lock", f"{place}: shard {shard.index}/{shard.count} of {what}"):
-        _claim(folder, what, _settings(folder, what, settings, clips), overwrite, shard)
+        if _claim(folder, what, _settings(folder, what, settings, clips), overwrite, shard):
+            folder = Folder.open(folder.root)
         before = _rows(place, what)
         rows = runs.JsonLines(rows_file)
         todo, kept = _todo(folder, what, before, shard, clips)
@@ -341,8 +342,11 @@ def _settings(folder: Folder, what: What, settings: Extract, clips: bool) -> dic
     return {"schema": SCHEMA, "settings": {name: getattr(settings, name) for name in fields}, "checkpoints": chosen}
 
 
-def _claim(folder: Folder, what: What, wanted: dict[str, Any], overwrite: bool, shard: Shard) -> None:
-    """Makes the sidecar ours, or refuses if the files of ``what`` were made with other settings."""
+def _claim(folder: Folder, what: What, wanted: dict[str, Any], overwrite: bool, shard: Shard) -> bool:
+    """Makes the sidecar ours, or refuses if the files of ``what`` were made with other settings.
+
+    Returns whether such files were deleted.
+    """
     path = folder.root / FOLDER / f"{what}.json"
     found = runs.read_json(path) if path.is_file() else None
     if found is not None and _comparable(found) != _comparable(wanted):
@@ -355,9 +359,10 @@ def _claim(folder: Folder, what: What, wanted: dict[str, Any], overwrite: bool, 
         if shard.count > 1:
             raise UserError(f"--overwrite: found shard {shard.index}/{shard.count}, expected a single process")
         _delete(folder, what)
-        found = None
-    if found is None:
+    deleted = found is not None and not path.is_file()
+    if found is None or deleted:
         runs.write_json(path, {**wanted, "environment": runs.environment() | {"torch": _versions()}})
+    return deleted
 
 
 def _comparable(sidecar: dict[str, Any]) -> dict[str, Any]:

@@ -33,17 +33,18 @@ def once(make: Callable[[Path], None]) -> Callable[[], Path]:
         make(folder)
         return folder
 
+    made.__name__ = make.__name__
     return made
 
 
 def sam2_config(kind: type) -> transformers.PreTrainedConfig:
     backbone = transformers.Sam2HieraDetConfig(
-        hidden_size=8, image_size=[SIDE, SIDE], blocks_per_stage=[1, 1, 1, 1], embed_dim_per_stage=[8, 16, 16, 16],
-        num_attention_heads_per_stage=[1, 2, 2, 2], window_size_per_stage=[4, 4, 4, 2], global_attention_blocks=[2],
+        hidden_size=8, image_size=[SIDE, SIDE], blocks_per_stage=[1, 1, 2, 1], embed_dim_per_stage=[8, 16, 32, 64],
+        num_attention_heads_per_stage=[1, 2, 2, 2], window_size_per_stage=[8, 4, 14, 7], global_attention_blocks=[3],
         num_query_pool_stages=3,
     )  # fmt: skip
     vision = transformers.Sam2VisionConfig(
-        backbone_config=backbone, backbone_channel_list=[16, 16, 16, 8],
+        backbone_config=backbone, backbone_channel_list=[64, 32, 16, 8],
         backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]], fpn_hidden_size=16,
     )  # fmt: skip
     return kind(
@@ -79,7 +80,7 @@ def grounding_dino(folder: Path) -> None:
         text_config=transformers.BertConfig(
             vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
         ),
-        d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16, num_queries=6,
+        d_model=32, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=16, decoder_ffn_dim=16, num_queries=6,
         encoder_attention_heads=2, decoder_attention_heads=2, max_text_len=16, num_feature_levels=4,
     )  # fmt: skip
     transformers.GroundingDinoForObjectDetection(config).save_pretrained(folder)
@@ -141,14 +142,14 @@ def captioner(folder: Path) -> None:
         json.dumps({"do_sample": True, "temperature": 1e-6, "repetition_penalty": 1.05, "eos_token_id": ids["<|im_end|>"],
                     "pad_token_id": ids["<|endoftext|>"]})
     )  # fmt: skip
-    transformers.Qwen2VLImageProcessorPil(
-        size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
-    ).save_pretrained(folder)
+    transformers.Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112}).save_pretrained(
+        folder
+    )
 
 
-def settings(**changes: object) -> Extract:
-    values = {
-        "sam2": str(sam2()), "grounding_dino": str(grounding_dino()), "depth_anything": str(depth_anything()),
-        "captioner": str(captioner()), "device": "cpu", "box_threshold": 0.0, "text_threshold": 0.0, "caption_tokens": 12,
-    }  # fmt: skip
+def settings(*used: str, **changes: object) -> Extract:
+    """Settings with the small checkpoints that are ``used``; the others' folders do not exist."""
+    folders = {make.__name__: make for make in (sam2, grounding_dino, depth_anything, captioner)}
+    values = {name: str(folders[name]()) if name in used else "nowhere" for name in folders}
+    values |= {"device": "cpu", "box_threshold": 0.0, "text_threshold": 0.0, "caption_tokens": 12}
     return Extract(**values | changes)
