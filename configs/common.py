@@ -14,7 +14,7 @@ KONTEXT = (
 
 NABIRDS = (
     "request NABirds at https://dl.allaboutbirds.org/nabirds, unpack it so that data/nabirds/images.txt "
-    "exists, and put a mask of every bird at data/nabirds/masks/CLASS/IMAGE.png"
+    "exists, and put a mask of every bird at data/nabirds/masks/CLASS/IMAGE.png (python -m nabla_jax.extract makes them)"
 )
 
 
@@ -83,6 +83,18 @@ def omini() -> ConfigDict:
             "preview": PREVIEW,
         }
     )
+
+
+def with_control(control: str, arg: str) -> ConfigDict:
+    """The run of ``omini`` with another control; ``arg`` is that of a configuration's ``get_config``."""
+    config = omini()
+    if "toy" in sizes(arg, ("toy",)):
+        config = toy(config)
+    config.conditioning.control = control
+    config.lora.name = f"omk_{control}"
+    config.data.prepared = f"{config.data.prepared}-{control}"
+    config.train.workdir = config.train.workdir.replace("fill", control)
+    return config
 
 
 def toy(config: ConfigDict) -> ConfigDict:

@@ -19,7 +19,6 @@ SUBJECT_LATENT = 3
 CONTROL_LATENT = 4
 ADAPTER_INIT = 5
 REPAINT_MASK = 6
-CAPTION = 7
 
 RUN = 0xFFFFFFFF  # the number for draws that belong to a whole run
 

@@ -96,17 +96,15 @@ def _make_one(config: configs.Config, arguments: argparse.Namespace) -> None:
     needs = controls.find_control(config.conditioning.control).needs
     if needs is not None and getattr(arguments, f"target_{needs}") is None:
         raise UserError(f"control {config.conditioning.control}: missing --target_{needs}")
-    readers = {"depth": controls.read_depth, "keypoints": controls.read_keypoints}
-    further = {}
-    if needs is not None:
-        path = getattr(arguments, f"target_{needs}")
-        further[f"target_{needs}"] = readers[needs](path, *target[0].shape[:2])
+    height, width = target[0].shape[:2]
+    depth = controls.read_depth(arguments.target_depth, height, width) if needs == "depth" else None
+    keypoints = controls.read_keypoints(arguments.target_keypoints, height, width) if needs == "keypoints" else None
     if arguments.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--out: found {arguments.out}, expected the name of a .png, .jpg or .webp file")
     with runs.writing(arguments.out.parent):
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
     result = _load(config, arguments.adapter, arguments.control_adapter).repose(
-        subject[0], target[0], subject[1], target[1], **further
+        subject[0], target[0], subject[1], target[1], target_depth=depth, target_keypoints=keypoints
     )
     write_image(np.asarray(result), arguments.out)
     print(arguments.out)

@@ -1,5 +1,6 @@
 """Depth and keypoints from the data folder to pictures, through the commands, on the embedded world."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from PIL import Image
 
 from nabla_jax import api, generate, prepare, train
 from nabla_jax import config as configs
+from nabla_jax.checkpoints.adapters import AdapterMetadata
 from nabla_jax.config import Conditioning
 from nabla_jax.data import controls, read_dataset, skeleton
 from nabla_jax.errors import UserError
@@ -60,8 +62,6 @@ def test_prepare_train_generate(control: str, tmp_path: Path, capsys: pytest.Cap
     view = jobs[0].target_view
     changed = {"depth": {"target_depth": 255 - view.depth} if control == "depth" else {},
                "keypoints": {"target_keypoints": np.zeros((11, 3), int)}}[control]  # fmt: skip
-    import dataclasses
-
     other, _ = reposer.repose_batch([dataclasses.replace(jobs[0], **changed)], sample)[0]
     assert np.abs(other.astype(int) - again[0][0]).max() > 0
     one = [*arguments, "--out", str(tmp_path / "one.png")]
@@ -98,8 +98,6 @@ def test_records_hold_the_control(control: str) -> None:
 
 
 def test_an_adapter_remembers_how_keypoints_were_drawn(tmp_path: Path) -> None:
-    from nabla_jax.checkpoints.adapters import AdapterMetadata
-
     trained = AdapterMetadata(2, 2.0, control="keypoints", size=SIZE, caption="fixed", prompt="A photo of a bird.",
                               text_length=8, skeleton="sparse", dot=5, line=3)  # fmt: skip
     same = Conditioning(SIZE, "keypoints", "sparse", 5, 3, text_length=8)
@@ -110,7 +108,5 @@ def test_an_adapter_remembers_how_keypoints_were_drawn(tmp_path: Path) -> None:
         )
     with pytest.raises(UserError, match="trained with dot 5, the configuration asks for 15"):
         api.check_adapter(tmp_path, trained, tmp_path, "", Conditioning(SIZE, "keypoints", "sparse", text_length=8))
-    import dataclasses
-
     fill = dataclasses.replace(trained, control="fill")
     api.check_adapter(tmp_path, fill, tmp_path, "", Conditioning(SIZE, text_length=8))

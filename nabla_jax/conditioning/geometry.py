@@ -97,8 +97,8 @@ class Placement:
         The box is padded to ``ratio`` times its height and width, and then to a square. A mask of 1 to 9 pixels gives
         the whole picture. Raises UserError for an empty mask.
         """
-        box = _bird_box(mask)
-        return cls.crop(*mask.shape, box, size).padded(ratio)
+        height, width = mask.shape
+        return cls.crop(height, width, _bird_box(mask), size).padded(ratio)
 
     @classmethod
     def around(cls, mask: Array, size: int, ratio: float = 2.4) -> "Placement":

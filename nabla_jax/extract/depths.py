@@ -88,10 +88,9 @@ def of_clip(frames: Sequence[Array], settings: Extract) -> list[Array]:
             raise UserError(f"extract.clip_depth: {command[0]} ended with status {done.returncode}: {last}")
         depths = _read_npz(places["output"], len(frames))
     limits = float(depths.min()), float(depths.max())
-    sizes = [frame.shape[:2] for frame in frames]
     return [
-        to_grey(resize(depth.astype(np.float64), *size, "bilinear"), limits)
-        for depth, size in zip(depths, sizes, strict=True)
+        to_grey(resize(depth.astype(np.float64), frame.shape[0], frame.shape[1], "bilinear"), limits)
+        for depth, frame in zip(depths, frames, strict=True)
     ]
 
 

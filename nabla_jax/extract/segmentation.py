@@ -21,7 +21,7 @@ from nabla_jax.images import resize
 Array = np.ndarray[Any, Any]
 
 # ImageNet's, which SAM 2 was trained with.
-_MEAN, _STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+_MEAN, _STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
 
 
 class NotFound(UserError):

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from nabla_jax import runs
+from nabla_jax import draws, runs
 from nabla_jax.config import Config, Extract
 from nabla_jax.data import Dataset, Example, inaturalist, read_dataset
 from nabla_jax.data.nabirds import read_captions
@@ -229,8 +229,7 @@ def _make_caption(context: _Context, examples: Sequence[Example], pictures: Sequ
     (example,) = examples
     assert context.wording is not None
     # The words of one picture depend on the picture's id alone, not on the shard or its place in it.
-    seed = int.from_bytes(hashlib.sha256(example.id.encode()).digest()[:4], "little")
-    found = captions.describe(pictures[0], context.wording, context.settings, seed)
+    found = captions.describe(pictures[0], context.wording, context.settings, draws.number(example.id))
     row = {"id": example.id, "caption": found.text, "attempts": found.attempts}
     yield row | ({"removed": list(found.removed)} if found.removed else {}), None
 

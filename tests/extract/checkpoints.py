@@ -139,9 +139,16 @@ def captioner(folder: Path) -> None:
     transformers.Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
     # The real checkpoint draws words by default.
     (folder / "generation_config.json").write_text(
-        json.dumps({"do_sample": True, "temperature": 1e-6, "repetition_penalty": 1.05, "eos_token_id": ids["<|im_end|>"],
-                    "pad_token_id": ids["<|endoftext|>"]})
-    )  # fmt: skip
+        json.dumps(
+            {
+                "do_sample": True,
+                "temperature": 1e-6,
+                "repetition_penalty": 1.05,
+                "eos_token_id": ids["<|im_end|>"],
+                "pad_token_id": ids["<|endoftext|>"],
+            }
+        )
+    )
     transformers.Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112}).save_pretrained(
         folder
     )
