@@ -14,7 +14,8 @@ KONTEXT = (
 
 NABIRDS = (
     "request NABirds at https://dl.allaboutbirds.org/nabirds, unpack it so that data/nabirds/images.txt "
-    "exists, and put a mask of every bird at data/nabirds/masks/CLASS/IMAGE.png (python -m nabla_jax.extract makes them)"
+    "exists, and put a mask of every bird at data/nabirds/masks/CLASS/IMAGE.png, or let python -m nabla_jax.extract "
+    "make them"
 )
 
 

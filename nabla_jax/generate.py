@@ -37,9 +37,10 @@ def main(argv: Sequence[str]) -> None:
     """The command."""
     config, arguments = configs.parse_command(argv, "Makes pictures.", _add_arguments)
     one = [name for name in _ONE if getattr(arguments, name) is not None]
-    if one and len(one) < len(_ONE):
-        missing = ", ".join(f"--{name}" for name in _ONE if name not in one)
-        raise UserError(f"one picture needs --subject, --subject_mask, --target and --target_mask; missing {missing}")
+    missing = [f"--{name}" for name in _ONE if name not in one and not _extractable(config, name)]
+    if one and missing:
+        needed = "--subject, --subject_mask, --target and --target_mask"
+        raise UserError(f"one picture needs {needed}; missing {', '.join(missing)}")
     configs.check_inputs(config, "generate", [] if one else _benchmarks(config, arguments))
     if one:
         _make_one(config, arguments)
@@ -61,7 +62,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=int, help="only the first N pairs of each benchmark")
     add("--reference", choices=(CEILING,), help="instead of a model: the right answer through the autoencoder")
     add("--subject", type=Path, help="one picture: whose bird")
-    add("--subject_mask", type=Path)
+    add("--subject_mask", type=Path, help="may be left out where there are checkpoints to find the bird with")
     add("--target", type=Path, help="one picture: in which pose and place")
     add("--target_mask", type=Path)
     add("--target_depth", type=Path, help="for control depth: grey picture of the target's size, near is bright")
@@ -86,21 +87,44 @@ def _load(config: configs.Config, adapter: str, control_adapter: str | None) -> 
     )
 
 
+def _extractable(config: configs.Config, name: str) -> bool:
+    """Whether there are checkpoints that make what the argument ``name`` would give."""
+    masks = ("sam2", "grounding_dino")
+    used = {"subject_mask": masks, "target_mask": masks, "target_depth": ("depth_anything",)}.get(name, ())
+    folders = [Path(getattr(config.extract, field)) for field in used]
+    return bool(folders) and all((folder / "config.json").is_file() for folder in folders)
+
+
+def _read_one(image: Path, mask: Path | None, config: configs.Config) -> tuple[Array, Array]:
+    """A picture and the silhouette in its mask's file, or else the one that is found in it."""
+    from nabla_jax import extract
+    from nabla_jax.data import controls
+
+    if mask is not None:
+        return controls.read_pair(image, mask)
+    pixels = controls.read_image(image)
+    return pixels, extract.mask(pixels, config.extract.text, config.extract)
+
+
 def _make_one(config: configs.Config, arguments: argparse.Namespace) -> None:
+    from nabla_jax import extract
     from nabla_jax.data import controls
     from nabla_jax.images import write_image
 
-    # Pictures are read before weights.
-    subject = controls.read_pair(arguments.subject, arguments.subject_mask)
-    target = controls.read_pair(arguments.target, arguments.target_mask)
-    needs = controls.find_control(config.conditioning.control).needs
-    if needs is not None and getattr(arguments, f"target_{needs}") is None:
-        raise UserError(f"control {config.conditioning.control}: missing --target_{needs}")
-    height, width = target[0].shape[:2]
-    depth = controls.read_depth(arguments.target_depth, height, width) if needs == "depth" else None
-    keypoints = controls.read_keypoints(arguments.target_keypoints, height, width) if needs == "keypoints" else None
     if arguments.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--out: found {arguments.out}, expected the name of a .png, .jpg or .webp file")
+    # Pictures are read before weights.
+    needs = controls.find_control(config.conditioning.control).needs
+    given = None if needs is None else getattr(arguments, f"target_{needs}")
+    if needs is not None and given is None and not _extractable(config, f"target_{needs}"):
+        raise UserError(f"control {config.conditioning.control}: missing --target_{needs}")
+    subject = _read_one(arguments.subject, arguments.subject_mask, config)
+    target = _read_one(arguments.target, arguments.target_mask, config)
+    height, width = target[0].shape[:2]
+    depth = None
+    if needs == "depth":
+        depth = extract.depth(target[0], config.extract) if given is None else controls.read_depth(given, height, width)
+    keypoints = controls.read_keypoints(given, height, width) if needs == "keypoints" else None
     with runs.writing(arguments.out.parent):
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
     result = _load(config, arguments.adapter, arguments.control_adapter).repose(

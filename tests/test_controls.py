@@ -10,11 +10,13 @@ from PIL import Image
 
 from nabla_jax import api, generate, prepare, train
 from nabla_jax import config as configs
-from nabla_jax.checkpoints.adapters import AdapterMetadata
+from nabla_jax.checkpoints.adapters import AdapterMetadata, read_metadata
+from nabla_jax.conditioning.geometry import Placement
 from nabla_jax.config import Conditioning
 from nabla_jax.data import controls, read_dataset, skeleton
 from nabla_jax.errors import UserError
 from tests.fixtures import SIZE, prepared_root, write_config
+from tests.test_api import untuned
 
 
 @pytest.fixture(params=["depth", "keypoints"])
@@ -22,57 +24,92 @@ def control(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def test_prepare_train_generate(control: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing but the control is set."""
+def test_prepare_train_generate(control: str, tmp_path: Path) -> None:
+    """Nothing but the control is set, and where its files go."""
     world = prepared_root()
     folders = {"data__prepared": str(tmp_path / "prepared"), "train__workdir": str(tmp_path / "run")}
     changes = {"conditioning__control": control, **folders, "train__steps": 1, "train__save_every": 1}
     file = write_config(world, tmp_path / "config.py", **changes)
     prepare.main(["--config", str(file)])
     train.main(["--config", str(file)])
-    out = tmp_path / "pictures"
+    metadata = read_metadata(api.find_adapter(tmp_path / "run"))
+    assert (metadata.control, metadata.skeleton, metadata.dot, metadata.line) == (control, "dense", 15, 10)
     arguments = ["--config", str(file), "--adapter", str(tmp_path / "run")]
-    generate.main([*arguments, "--out", str(out), "--limit", "2", "--subjects", "right"])
-    rows = [json.loads(line) for line in (out / "nabla" / "right" / "manifest.jsonl").read_text().splitlines()]
-    assert len(rows) == 2
-    # The picture of a pair is the one that Python makes from what is in the folder.
+    generate.main([*arguments, "--out", str(tmp_path / "pictures"), "--limit", "1", "--subjects", "right"])
+    folder = tmp_path / "pictures" / "nabla" / "right"
+    (row,) = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
     dataset = read_dataset(world / "world" / "nabirds")
-    subject, target = (dataset.by_id[rows[0][name]] for name in ("subject_used", "target_id"))
-    keypoints = tmp_path / "points.txt"
-    keypoints.write_text("".join(f"{i} {x} {y} {v}\n" for i, (y, x, v) in enumerate(target.keypoints)))
-    given = {"depth": target.depth, "keypoints": keypoints}[control]
-    reposer = api.load(world / "base", tmp_path / "run", dtype="float32")
-    assert reposer.conditioning.control == control
-    jobs = []
-    for row in rows:
-        a, b = (dataset.by_id[row[name]] for name in ("subject_used", "target_id"))
-        view = controls.read_view(b, control)
-        subject_view = controls.read_view(a, "fill")
-        jobs.append(
-            api.Job(f"nabla/{row['pair']}", subject_view.image, subject_view.mask, view.image, view.mask, view.depth,
-                    view.keypoints)
-        )  # fmt: skip
-    sample = configs.load(str(file)).sample
-    again = reposer.repose_batch(jobs, sample)
-    for row, (picture, placement) in zip(rows, again, strict=True):
-        stored = np.asarray(Image.open(out / "nabla" / "right" / row["file"]))
-        assert np.abs(stored.astype(int) - picture).max() <= 1
-        assert placement.to_json() == row["placement"]
-    # Another depth map or pose is another picture: the control is read.
-    view = jobs[0].target_view
-    changed = {"depth": {"target_depth": 255 - view.depth} if control == "depth" else {},
-               "keypoints": {"target_keypoints": np.zeros((11, 3), int)}}[control]  # fmt: skip
-    other, _ = reposer.repose_batch([dataclasses.replace(jobs[0], **changed)], sample)[0]
-    assert np.abs(other.astype(int) - again[0][0]).max() > 0
-    one = [*arguments, "--out", str(tmp_path / "one.png")]
-    for name, example in (("subject", subject), ("target", target)):
-        one += [f"--{name}", str(example.image), f"--{name}_mask", str(example.mask)]
+    target = controls.read_image(dataset.by_id[row["target_id"]].image)
+    assert np.asarray(Image.open(folder / row["file"])).shape == target.shape
+
+
+class Recorder:
+    """Stands in for a loaded model; keeps what it is asked to draw."""
+
+    def __init__(self, control: str) -> None:
+        self.conditioning = Conditioning(SIZE, control)
+        self.jobs: list[api.Job] = []
+
+    def repose_batch(self, jobs: list[api.Job], _: object) -> list[tuple[np.ndarray, Placement]]:
+        self.jobs += jobs
+        return [(job.target, Placement.square(*job.target.shape[:2], SIZE)) for job in jobs]
+
+    def repose(self, *pictures: np.ndarray, **further: object) -> Image.Image:
+        self.further = further
+        return Image.fromarray(pictures[1])
+
+
+def test_benchmarks_and_single_pictures_are_given_the_control(
+    control: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = prepared_root()
+    file = write_config(world, tmp_path / "config.py", conditioning__control=control)
+    chosen = configs.load(str(file))
+    recorder = Recorder(control)
+    (work,) = generate.read_works(chosen, ["nabla"], ["right"], tmp_path, 3)
+    generate._maker(recorder, work, chosen)(work.pairs)
+    examples = work.dataset.by_id
+    for pair, job in zip(work.pairs, recorder.jobs, strict=True):
+        view = controls.read_view(examples[pair.target_id], control)
+        for name in ("image", "mask", "depth", "keypoints"):
+            np.testing.assert_array_equal(getattr(job.target_view, name), getattr(view, name))
+        assert (view.depth is None) == (control != "depth")
+    monkeypatch.setattr(generate, "_load", lambda *_: recorder)
+    target = examples[work.pairs[0].target_id]
+    points = tmp_path / "points.txt"
+    points.write_text("".join(f"{i} {x} {y} {v}\n" for i, (y, x, v) in enumerate(target.keypoints)))
+    one = ["--config", str(file), "--out", str(tmp_path / "one.png")]
+    for name in ("subject", "target"):
+        one += [f"--{name}", str(target.image), f"--{name}_mask", str(target.mask)]
     with pytest.raises(UserError, match=f"control {control}: missing --target_{control}"):
         generate.main(one)
+    given = {"depth": target.depth, "keypoints": points}[control]
     generate.main([*one, f"--target_{control}", str(given)])
-    assert np.asarray(Image.open(tmp_path / "one.png")).shape == view.image.shape
+    view = controls.read_view(target, control)
+    np.testing.assert_array_equal(recorder.further["target_depth"], view.depth)
+    np.testing.assert_array_equal(recorder.further["target_keypoints"], view.keypoints)
+
+
+def test_the_control_is_read(control: str) -> None:
+    """Another depth map or pose gives another picture; the subject's own is never asked for."""
+    dataset = read_dataset(prepared_root() / "world" / "nabirds")
+    example = dataset.examples[0]
+    view = controls.read_view(example, control)
+    reposer = dataclasses.replace(untuned(), conditioning=Conditioning(SIZE, control, dot=3, line=1, text_length=8))
+    pictures = (view.image, view.image, view.mask, view.mask)
+    others = {"depth": ("target_depth", [view.depth, 255 - view.depth] if control == "depth" else []),
+              "keypoints": ("target_keypoints", [view.keypoints, np.zeros((11, 3), int)])}  # fmt: skip
+    name, values = others[control]
+    first, second, again = (np.asarray(reposer.repose(*pictures, **{name: value})) for value in (*values, values[0]))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, second)
+    if control == "depth":
+        np.testing.assert_array_equal(first, np.asarray(reposer.repose(*pictures, target_depth=example.depth)))
     with pytest.raises(UserError, match=f"control {control}: the target has no {control}"):
-        reposer.repose(subject.image, target.image, subject.mask, target.mask)
+        reposer.repose(*pictures)
+    wrong = {"target_depth": view.image[:, :-1, 0], "target_keypoints": np.full((11, 3), 10_000)}[name]
+    with pytest.raises(UserError, match=name):
+        reposer.repose(*pictures, **{name: wrong})
 
 
 def test_records_hold_the_control(control: str) -> None:
