@@ -124,7 +124,9 @@ def _make_one(config: configs.Config, arguments: argparse.Namespace) -> None:
     depth = None
     if needs == "depth":
         depth = extract.depth(target[0], config.extract) if given is None else controls.read_depth(given, height, width)
-    keypoints = controls.read_keypoints(given, height, width) if needs == "keypoints" else None
+    keypoints = None
+    if needs == "keypoints" and given is not None:
+        keypoints = controls.read_keypoints(given, height, width)
     with runs.writing(arguments.out.parent):
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
     result = _load(config, arguments.adapter, arguments.control_adapter).repose(

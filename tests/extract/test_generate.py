@@ -26,7 +26,7 @@ class Recorder:
 @pytest.mark.parametrize("control", ["fill", "depth"])
 def test_what_is_left_out_is_found(tmp_path: Path, control: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
-    images = [rng.integers(0, 256, (40 + i, 50, 3), dtype=np.uint8) for i in range(2)]
+    images = [rng.integers(0, 256, (50 + i, 70, 3), dtype=np.uint8) for i in range(2)]
     paths = [tmp_path / f"{i}.png" for i in range(2)]
     for image, path in zip(images, paths, strict=True):
         Image.fromarray(image).save(path)
