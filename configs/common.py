@@ -14,7 +14,8 @@ KONTEXT = (
 
 NABIRDS = (
     "request NABirds at https://dl.allaboutbirds.org/nabirds, unpack it so that data/nabirds/images.txt "
-    "exists, and put a mask of every bird at data/nabirds/masks/CLASS/IMAGE.png"
+    "exists, and put a mask of every bird at data/nabirds/masks/CLASS/IMAGE.png, or let python -m nabla_jax.extract "
+    "make them"
 )
 
 
@@ -46,6 +47,9 @@ def omini() -> ConfigDict:
             "conditioning": {
                 "size": 1024,
                 "control": "fill",
+                "skeleton": "dense",
+                "dot": 15,
+                "line": 10,
                 "caption": "fixed",
                 "prompt": "A photo of a bird.",
                 "text_length": 512,
@@ -82,6 +86,18 @@ def omini() -> ConfigDict:
     )
 
 
+def with_control(control: str, arg: str) -> ConfigDict:
+    """The run of ``omini`` with another control; ``arg`` is that of a configuration's ``get_config``."""
+    config = omini()
+    if "toy" in sizes(arg, ("toy",)):
+        config = toy(config)
+    config.conditioning.control = control
+    config.lora.name = f"omk_{control}"
+    config.data.prepared = f"{config.data.prepared}-{control}"
+    config.train.workdir = config.train.workdir.replace("fill", control)
+    return config
+
+
 def toy(config: ConfigDict) -> ConfigDict:
     """The same run at the size of the embedded world: other paths and numbers, nothing else."""
     config.base.path = "asset:toy-flux-kontext"
@@ -93,6 +109,9 @@ def toy(config: ConfigDict) -> ConfigDict:
         {"toy-nabla": "data/toybirds/nabirds", "toy-inat-unseen": "data/toybirds/inat/unseen"}
     )
     config.conditioning.size = 48
+    # Pixels of the picture: 15 and 10 are made for pictures of a thousand.
+    config.conditioning.dot = 3
+    config.conditioning.line = 1
     config.conditioning.text_length = 16
     config.lora.rank = 16
     config.lora.alpha = 16.0

@@ -42,6 +42,8 @@ class Job:
       key: names the pair and its direction; every random draw is folded with it.
       subject, target: [H, W, 3] uint8, of any two sizes.
       subject_mask, target_mask: [H, W] bool, of the size of their picture.
+      target_depth: [H, W] uint8, near is bright; only control depth needs it.
+      target_keypoints: [parts, 3] int (row, column, visible); only control keypoints needs it.
     """
 
     key: str
@@ -49,6 +51,13 @@ class Job:
     subject_mask: Array
     target: Array
     target_mask: Array
+    target_depth: Array | None = None
+    target_keypoints: Array | None = None
+
+    @property
+    def target_view(self) -> controls.View:
+        """What the control is made from."""
+        return controls.View(self.target, self.target_mask, self.target_depth, self.target_keypoints)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +90,8 @@ class Reposer:
         subject_mask: Picture,
         target_mask: Picture,
         *,
+        target_depth: Picture | None = None,
+        target_keypoints: Array | str | os.PathLike[str] | None = None,
         seed: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
@@ -91,6 +102,9 @@ class Reposer:
         Args:
           subject, target: pictures (arrays, PIL images or paths).
           subject_mask, target_mask: silhouettes of their birds.
+          target_depth: grey picture of the target's size, near is bright; for adapters with control depth.
+          target_keypoints: [11, 3] (row, column, visible) or a file (see ``controls.read_keypoints``); for adapters
+            with control keypoints.
           seed: with ``key`` it fixes the result; default as configured.
           steps: Euler steps; default as configured.
           guidance: scale; default as configured.
@@ -104,6 +118,8 @@ class Reposer:
             _mask(subject_mask, subject_pixels, "subject_mask"),
             target_pixels,
             _mask(target_mask, target_pixels, "target_mask"),
+            None if target_depth is None else _depth(target_depth, target_pixels, "target_depth"),
+            None if target_keypoints is None else _keypoints(target_keypoints, target_pixels, "target_keypoints"),
         )
         sample = self.sample_settings(seed, steps, guidance)
         (result, _), *_ = self.repose_batch([job], dataclasses.replace(sample, batch=self.mesh.size))
@@ -134,7 +150,7 @@ class Reposer:
         canvases = []
         for job in jobs:
             subject = controls.subject_canvas(job.subject, job.subject_mask, size)
-            control = controls.control_canvas(self.conditioning.control, job.target, job.target_mask, size)
+            control = controls.control_canvas(job.target_view, self.conditioning)
             canvases.append((subject.pixels, control.pixels, control.placement))
         padded = [*canvases, *canvases[-1:] * (sample.batch - len(canvases))]
         numbers = [draws.number(job.key) for job in jobs]
@@ -373,7 +389,10 @@ def check_adapter(
         raise UserError(f"{path}: applies_to: found 'all' (the whole sequence), expected 'condition'")
     if conditioning is None or not metadata.size:
         return
-    for field in ("control", "caption", "prompt", "text_length", "size", "independent_conditions"):
+    fields = ["control", "caption", "prompt", "text_length", "size", "independent_conditions"]
+    if metadata.control == "keypoints":
+        fields += ["skeleton", "dot", "line"]
+    for field in fields:
         trained, asked = getattr(metadata, field), getattr(conditioning, field)
         if trained != asked:
             raise UserError(f"{path}: trained with {field} {trained!r}, the configuration asks for {asked!r}")
@@ -410,6 +429,9 @@ def _conditioning(metadata: adapter_files.AdapterMetadata | None, path: Path | N
     return Conditioning(
         size=metadata.size,
         control=metadata.control,
+        skeleton=metadata.skeleton,
+        dot=metadata.dot,
+        line=metadata.line,
         caption=metadata.caption,
         prompt=metadata.prompt,
         text_length=metadata.text_length,
@@ -449,3 +471,21 @@ def _mask(mask: Picture, picture: Array, what: str) -> Array:
     if not pixels.any():
         raise UserError(f"{what}: the mask is empty, expected foreground pixels")
     return pixels
+
+
+def _depth(depth: Picture, picture: Array, what: str) -> Array:
+    size = picture.shape[0], picture.shape[1]
+    if isinstance(depth, str | os.PathLike):
+        return controls.read_depth(depth, *size)
+    pixels = np.asarray(depth.convert("L")) if isinstance(depth, Image.Image) else depth
+    if pixels.shape != size or pixels.dtype != np.uint8:
+        raise UserError(f"{what}: found {pixels.dtype} of shape {pixels.shape}, expected uint8 {size}, as its picture")
+    return pixels
+
+
+def _keypoints(keypoints: Array | str | os.PathLike[str], picture: Array, what: str) -> Array:
+    size = picture.shape[0], picture.shape[1]
+    if isinstance(keypoints, str | os.PathLike):
+        return controls.read_keypoints(keypoints, *size)
+    controls.check_keypoints(keypoints, *size, what)
+    return keypoints

@@ -54,6 +54,9 @@ class Conditioning:
 
     size: int  # side in pixels of the square model canvas
     control: str = "fill"
+    skeleton: str = "dense"  # lines between keypoints; this and the next two are for control keypoints alone
+    dot: int = 15  # diameter of a keypoint in pixels of the picture
+    line: int = 10  # width of a skeleton's line in pixels of the picture
     caption: str = "fixed"
     prompt: str = "A photo of a bird."
     text_length: int = 512  # T5 tokens
@@ -116,6 +119,27 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True)
+class Extract:
+    """Masks, depth maps and captions made by other networks (``python -m nabla_jax.extract``)."""
+
+    sam2: str = "checkpoints/sam2.1-hiera-large"  # folders of transformers checkpoints
+    grounding_dino: str = "checkpoints/grounding-dino-base"
+    depth_anything: str = "checkpoints/Depth-Anything-V2-Small-hf"
+    captioner: str = "checkpoints/Qwen2.5-VL-7B-Instruct"
+    device: str = ""  # as torch names it; empty: a GPU where there is one
+    text: str = "a bird."  # what grounding_dino looks for where no box is known
+    box_threshold: float = 0.35
+    text_threshold: float = 0.25
+    clip_depth: str = ""  # command with {frames} and {output} for the depth of a clip's frames
+    caption_prompt: str = (
+        "Describe only the background and the surroundings of this photo of a bird in one short sentence. "
+        "Do not mention the bird's species, colours or plumage."
+    )
+    caption_tokens: int = 60  # CLIP reads 77
+    caption_retries: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything a verb needs to know."""
 
@@ -126,6 +150,7 @@ class Config:
     optim: Optim
     train: Train
     sample: Sample = Sample()
+    extract: Extract = Extract()
     benchmarks: dict[str, str] = dataclasses.field(default_factory=dict)  # name -> dataset folder
     preview: str = ""  # a command that shows the same run at a size that needs nothing
     source: str = ""  # the file and argument it was read from; filled in by load
@@ -135,7 +160,8 @@ T = typing.TypeVar("T")
 Verb = typing.Literal["prepare", "train", "generate", "evaluate"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "conditioning.control": ("fill",),
+    "conditioning.control": ("fill", "depth", "keypoints"),
+    "conditioning.skeleton": ("dense", "sparse", "dots"),
     "conditioning.caption": ("fixed",),
     "lora.init": ("gaussian",),
     "optim.name": ("prodigy", "adamw"),
@@ -413,8 +439,10 @@ def _check_ranges(config: Config, where: str) -> None:
         if flat[key] not in choices:
             raise UserError(f"{where}: {key}: found {flat[key]!r}, expected one of {', '.join(choices)}")
     positive = (
-        "conditioning.size conditioning.text_length lora.rank lora.alpha optim.lr optim.d0 optim.clip "
-        "train.steps train.batch train.log_every train.save_every train.foreground_weight sample.steps sample.batch"
+        "conditioning.size conditioning.dot conditioning.line conditioning.text_length "
+        "lora.rank lora.alpha optim.lr optim.d0 optim.clip "
+        "train.steps train.batch train.log_every train.save_every train.foreground_weight sample.steps sample.batch "
+        "extract.caption_tokens"
     )
     for key in positive.split():
         if not flat[key] > 0:
@@ -426,6 +454,7 @@ def _check_ranges(config: Config, where: str) -> None:
         "train.seed",
         "sample.seed",
         "optim.weight_decay",
+        "extract.caption_retries",
     ):
         if not flat[key] >= 0:
             raise UserError(f"{where}: {key}: found {flat[key]!r}, expected 0 or more")

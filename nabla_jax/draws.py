@@ -18,6 +18,7 @@ TIME = 2
 SUBJECT_LATENT = 3
 CONTROL_LATENT = 4
 ADAPTER_INIT = 5
+REPAINT_MASK = 6
 
 RUN = 0xFFFFFFFF  # the number for draws that belong to a whole run
 
@@ -41,3 +42,8 @@ def key(seed: int, purpose: int) -> jax.Array:
 def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Standard normal float32 [B, *shape], one independent draw per key."""
     return jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
+
+
+def generator(seed: int, number: int, purpose: int) -> np.random.Generator:
+    """A generator on the host for one sample and purpose, for draws that shape pictures and masks."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed, purpose << 32 | number], np.uint64)))

@@ -37,9 +37,10 @@ def main(argv: Sequence[str]) -> None:
     """The command."""
     config, arguments = configs.parse_command(argv, "Makes pictures.", _add_arguments)
     one = [name for name in _ONE if getattr(arguments, name) is not None]
-    if one and len(one) < len(_ONE):
-        missing = ", ".join(f"--{name}" for name in _ONE if name not in one)
-        raise UserError(f"one picture needs --subject, --subject_mask, --target and --target_mask; missing {missing}")
+    missing = [f"--{name}" for name in _ONE if name not in one and not _extractable(config, name)]
+    if one and missing:
+        needed = "--subject, --subject_mask, --target and --target_mask"
+        raise UserError(f"one picture needs {needed}; missing {', '.join(missing)}")
     configs.check_inputs(config, "generate", [] if one else _benchmarks(config, arguments))
     if one:
         _make_one(config, arguments)
@@ -61,9 +62,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=int, help="only the first N pairs of each benchmark")
     add("--reference", choices=(CEILING,), help="instead of a model: the right answer through the autoencoder")
     add("--subject", type=Path, help="one picture: whose bird")
-    add("--subject_mask", type=Path)
+    add("--subject_mask", type=Path, help="may be left out where there are checkpoints to find the bird with")
     add("--target", type=Path, help="one picture: in which pose and place")
     add("--target_mask", type=Path)
+    add("--target_depth", type=Path, help="for control depth: grey picture of the target's size, near is bright")
+    add("--target_keypoints", type=Path, help="for control keypoints: 11 lines `part x y visible`")
 
 
 def _benchmarks(config: configs.Config, arguments: argparse.Namespace) -> list[str]:
@@ -84,19 +87,50 @@ def _load(config: configs.Config, adapter: str, control_adapter: str | None) -> 
     )
 
 
+def _extractable(config: configs.Config, name: str) -> bool:
+    """Whether there are checkpoints that make what the argument ``name`` would give."""
+    masks = ("sam2", "grounding_dino")
+    used = {"subject_mask": masks, "target_mask": masks, "target_depth": ("depth_anything",)}.get(name, ())
+    folders = [Path(getattr(config.extract, field)) for field in used]
+    return bool(folders) and all((folder / "config.json").is_file() for folder in folders)
+
+
+def _read_one(image: Path, mask: Path | None, config: configs.Config) -> tuple[Array, Array]:
+    """A picture and the silhouette in its mask's file, or else the one that is found in it."""
+    from nabla_jax import extract
+    from nabla_jax.data import controls
+
+    if mask is not None:
+        return controls.read_pair(image, mask)
+    pixels = controls.read_image(image)
+    return pixels, extract.mask(pixels, config.extract.text, config.extract)
+
+
 def _make_one(config: configs.Config, arguments: argparse.Namespace) -> None:
+    from nabla_jax import extract
     from nabla_jax.data import controls
     from nabla_jax.images import write_image
 
-    # Pictures are read before weights.
-    subject = controls.read_pair(arguments.subject, arguments.subject_mask)
-    target = controls.read_pair(arguments.target, arguments.target_mask)
     if arguments.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--out: found {arguments.out}, expected the name of a .png, .jpg or .webp file")
+    # Pictures are read before weights.
+    needs = controls.find_control(config.conditioning.control).needs
+    given = None if needs is None else getattr(arguments, f"target_{needs}")
+    if needs is not None and given is None and not _extractable(config, f"target_{needs}"):
+        raise UserError(f"control {config.conditioning.control}: missing --target_{needs}")
+    subject = _read_one(arguments.subject, arguments.subject_mask, config)
+    target = _read_one(arguments.target, arguments.target_mask, config)
+    height, width = target[0].shape[:2]
+    depth = None
+    if needs == "depth":
+        depth = extract.depth(target[0], config.extract) if given is None else controls.read_depth(given, height, width)
+    keypoints = None
+    if needs == "keypoints" and given is not None:
+        keypoints = controls.read_keypoints(given, height, width)
     with runs.writing(arguments.out.parent):
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
     result = _load(config, arguments.adapter, arguments.control_adapter).repose(
-        subject[0], target[0], subject[1], target[1]
+        subject[0], target[0], subject[1], target[1], target_depth=depth, target_keypoints=keypoints
     )
     write_image(np.asarray(result), arguments.out)
     print(arguments.out)
@@ -148,9 +182,9 @@ def read_works(
 ) -> Iterator[Work]:
     """What there is to make for each benchmark and choice of subjects.
 
-    Raises UserError for a dataset that cannot be read and for pictures without a mask.
+    Raises UserError for a dataset that cannot be read and for pictures without what their part is made of.
     """
-    from nabla_jax.data import read_dataset
+    from nabla_jax.data import controls, read_dataset
     from nabla_jax.data.pairs import benchmark_pairs, shuffled_subjects
 
     for name in names:
@@ -160,9 +194,9 @@ def read_works(
         for kind in kinds:
             right = {pair.key: pair.subject_id for pair in pairs}
             subjects = right if kind == "right" else shuffled_subjects(pairs, dataset, config.sample.seed)
-            for image in {*subjects.values(), *(pair.target_id for pair in pairs)}:
-                if dataset.by_id[image].mask is None:
-                    raise UserError(f"{root}: picture {image} of benchmark {name} has no mask, expected one")
+            controls.require([dataset.by_id[image] for image in dict.fromkeys(subjects.values())], "fill")
+            targets = [dataset.by_id[image] for image in dict.fromkeys(pair.target_id for pair in pairs)]
+            controls.require(targets, config.conditioning.control)
             yield Work(name, kind, out / name / kind, dataset, pairs, subjects)
 
 
@@ -243,15 +277,16 @@ def _maker(reposer: "api.Reposer", work: Work, config: configs.Config) -> Callab
     from nabla_jax import api
     from nabla_jax.data import controls
 
-    def read(image_id: str) -> tuple[Array, Array]:
-        example = work.dataset.by_id[image_id]
-        assert example.mask is not None
-        return controls.read_pair(example.image, example.mask)
+    def job(pair: "Pair") -> api.Job:
+        examples = work.dataset.by_id
+        # Of the subject its silhouette is enough, whatever the control.
+        subject = controls.read_view(examples[work.subjects[pair.key]], "fill")
+        target = controls.read_view(examples[pair.target_id], reposer.conditioning.control)
+        key = f"{work.name}/{pair.key}"
+        return api.Job(key, subject.image, subject.mask, target.image, target.mask, target.depth, target.keypoints)
 
     def make(pairs: Sequence["Pair"]) -> list[Made]:
-        jobs = [
-            api.Job(f"{work.name}/{pair.key}", *read(work.subjects[pair.key]), *read(pair.target_id)) for pair in pairs
-        ]
+        jobs = [job(pair) for pair in pairs]
         return [(image, place.to_json()) for image, place in reposer.repose_batch(jobs, config.sample)]
 
     return make

@@ -40,20 +40,27 @@ def read_rgb(path: PathLike) -> Array:
         return np.asarray(_upright(image, path).convert("RGB"))
 
 
-def read_mask(path: PathLike, size: tuple[int, int] | None = None) -> Array:
-    """The mask at `path` as [H, W] bool: stored values above 127 (of 255) are foreground.
+def read_grey(path: PathLike, size: tuple[int, int] | None = None, what: str = "depth map") -> Array:
+    """The grey picture at `path` as [H, W] uint8, turned upright like the picture it belongs to.
 
-    `size` is the (height, width) of the picture it belongs to. Raises UserError when the file cannot be read
-    or when its size is another one: a resized mask would silently shift the silhouette.
+    `size` is that picture's (height, width), `what` the file's name in errors. Raises UserError when the file cannot
+    be read, has more than 8 bits, or is of another size: resized, it would silently shift what it shows.
     """
     with _opened(path) as image:
-        mask = np.asarray(_upright(image, path).convert("L")) > 127
-    if size is not None and mask.shape != tuple(size):
+        if image.mode.startswith(("I", "F")):
+            raise UserError(f"{path}: found {image.mode} pixels of more than 8 bits, expected an 8-bit {what}")
+        grey = np.asarray(_upright(image, path).convert("L"))
+    if size is not None and grey.shape != tuple(size):
         raise UserError(
-            f"{path}: mask is {mask.shape[0]}x{mask.shape[1]} (height x width), "
+            f"{path}: {what} is {grey.shape[0]}x{grey.shape[1]} (height x width), "
             f"expected {size[0]}x{size[1]}, the size of its picture"
         )
-    return mask
+    return grey
+
+
+def read_mask(path: PathLike, size: tuple[int, int] | None = None) -> Array:
+    """The mask at `path` as [H, W] bool: stored values above 127 (of 255) are foreground; see `read_grey`."""
+    return read_grey(path, size, "mask") > 127
 
 
 def picture_size(path: PathLike) -> tuple[int, int]:

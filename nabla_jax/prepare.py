@@ -39,7 +39,6 @@ from nabla_jax.data.dataset import class_index
 from nabla_jax.data.loader import MANIFEST, SCHEMA, TEXT, shard_name
 from nabla_jax.data.records import RecordReader, encode_record, write_shard
 from nabla_jax.errors import UserError
-from nabla_jax.hashing import file_sha256
 
 Array = np.ndarray[Any, Any]
 T = TypeVar("T")
@@ -79,7 +78,15 @@ def main(argv: Sequence[str]) -> None:
         return
     config, options = configs.parse_command(argv, "Encodes a dataset for training.", arguments)
     configs.check_inputs(config, "prepare")
+    complete(config)
     prepare(config, load_encoders(config), overwrite=options.overwrite)
+
+
+def complete(config: configs.Config) -> None:
+    """Makes the masks and controls that the dataset lacks, where there are checkpoints to make them with."""
+    from nabla_jax.extract import work
+
+    work.complete(config, config.data.root)
 
 
 def load_encoders(config: configs.Config) -> Encoders:
@@ -138,7 +145,7 @@ def prepare(config: configs.Config, encoders: Encoders, *, overwrite: bool = Fal
     with runs.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with runs.lock(folder / ".lock", f"data.prepared {folder}"), _thread_pool() as pool:
-        settings = _settings(config, encoders, check(examples, pool), captions)
+        settings = _settings(config, encoders, check(examples, config.conditioning.control, pool), captions)
         _claim(folder, settings, overwrite)
         chunks = [examples[i : i + RECORDS_PER_SHARD] for i in range(0, len(examples), RECORDS_PER_SHARD)]
         names = [shard_name(i, len(chunks)) for i in range(len(chunks))]
@@ -175,28 +182,17 @@ def captions_of(config: configs.Config, examples: Sequence[Example]) -> tuple[li
     return [config.conditioning.prompt], [0] * len(examples)
 
 
-def check(examples: Sequence[Example], pool: ThreadPoolExecutor) -> str:
-    """Checks that every picture has a non-empty mask of its size; returns a hash of all of it.
+def check(examples: Sequence[Example], control: str, pool: ThreadPoolExecutor) -> str:
+    """Checks that every picture has a non-empty mask, and what ``control`` is made of, of its size.
 
-    Raises one UserError with the number of examples that are wrong and the first of them.
+    Returns a hash of all of it. Raises one UserError with the number of examples that are wrong and the first of them.
     """
-    absent = [e for e in examples if e.mask is None]
-    if absent:
-        raise UserError(
-            f"{absent[0].image}: has no mask; {len(absent)} of {len(examples)} pictures have none, "
-            "expected a PNG for each"
-        )
-    hashes = _all(pool, _check_one, examples, "check")
+    controls.require(examples, control)
+    hashes = _all(pool, functools.partial(controls.check, kind=control), examples, "check")
     digest = hashlib.sha256()
     for example, line in zip(examples, hashes, strict=True):
         digest.update(f"{example.id} {example.class_id} {line}\n".encode())
     return digest.hexdigest()
-
-
-def _check_one(example: Example) -> str:
-    assert example.mask is not None
-    controls.read_mask(example.mask, *controls.picture_size(example.image))
-    return f"{file_sha256(example.image)} {file_sha256(example.mask)}"
 
 
 def _decode_all(examples: Sequence[Example], pool: ThreadPoolExecutor) -> None:
@@ -239,7 +235,9 @@ def _thread_pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def _settings(config: configs.Config, encoders: Encoders, data: str, captions: Sequence[str]) -> dict[str, Any]:
-    kept = ("size", "control", "caption", "text_length")
+    kept = ["size", "control", "caption", "text_length"]
+    if config.conditioning.control == "keypoints":
+        kept += ["skeleton", "dot", "line"]
     return {
         "schema": SCHEMA,
         "conditioning": {name: getattr(config.conditioning, name) for name in kept},
@@ -344,7 +342,7 @@ def _encode(
     batches = [range(i, min(i + per_batch, len(examples))) for i in range(0, len(examples), per_batch)]
 
     def submit(batch: Iterable[int]) -> list[Future[dict[str, Array]]]:
-        return [pool.submit(inputs, examples[i], config.conditioning.control, size, encoders.factor) for i in batch]
+        return [pool.submit(inputs, examples[i], config.conditioning, encoders.factor) for i in batch]
 
     ahead = submit(batches[0])
     for number, batch in enumerate(batches):
@@ -366,17 +364,16 @@ def _encode(
             yield encode_record(meta, arrays | {"mask": loaded[row]["mask"]})
 
 
-def inputs(example: Example, control: str, size: int, factor: int) -> dict[str, Array]:
+def inputs(example: Example, conditioning: configs.Conditioning, factor: int) -> dict[str, Array]:
     """An example on the model's canvas: target, subject, control [3, size, size] uint8, mask [h, w] uint8."""
-    assert example.mask is not None
-    image, mask = controls.read_pair(example.image, example.mask)
+    view, size = controls.read_view(example, conditioning.control), conditioning.size
     canvases = {
-        "target": controls.target_canvas(image, size),
-        "subject": controls.subject_canvas(image, mask, size),
-        "control": controls.control_canvas(control, image, mask, size),
+        "target": controls.target_canvas(view.image, size),
+        "subject": controls.subject_canvas(view.image, view.mask, size),
+        "control": controls.control_canvas(view, conditioning),
     }
     pictures = {role: np.ascontiguousarray(canvas.pixels.transpose(2, 0, 1)) for role, canvas in canvases.items()}
-    return pictures | {"mask": controls.latent_mask(mask, size, factor)}
+    return pictures | {"mask": controls.latent_mask(view.mask, size, factor)}
 
 
 def _encode_padded(encode: Callable[[Array], Array], pictures: Array, per_batch: int, size: int) -> Array:

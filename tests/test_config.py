@@ -37,12 +37,30 @@ def test_paper_run_is_the_published_one() -> None:
     assert set(config.benchmarks) == {"nabla", "inat-seen", "inat-unseen"}
 
 
+@pytest.mark.parametrize("size", ["", ":toy"])
+@pytest.mark.parametrize("control", ["depth", "keypoints"])
+def test_the_other_controls_differ_in_nothing_else(control: str, size: str) -> None:
+    fill = configs.flatten(configs.to_dict(configs.load(PAPER + size)))
+    config = configs.load(f"configs/omk_{control}.py{size}")
+    other = configs.flatten(configs.to_dict(config))
+    differing = {key for key in fill.keys() | other.keys() if fill.get(key) != other.get(key)}
+    differing -= {key for key in differing if key.startswith("benchmarks.") and key not in other}
+    assert differing == {"conditioning.control", "lora.name", "data.prepared", "train.workdir", "source"}
+    assert config.conditioning.control == control and config.lora.name == f"omk_{control}"
+    assert all(control in path for path in (config.data.prepared, config.train.workdir))
+    # Only NABirds has keypoints.
+    assert len(config.benchmarks) == len([key for key in fill if key.startswith("benchmarks.")]) or (
+        control == "keypoints" and [name.removeprefix("toy-") for name in config.benchmarks] == ["nabla"]
+    )
+
+
 def test_toy_changes_only_sizes_paths_and_numbers() -> None:
     real = configs.flatten(configs.to_dict(configs.load(PAPER)))
     toy = configs.flatten(configs.to_dict(configs.load(f"{PAPER}:toy")))
     changed = {key for key in real.keys() | toy.keys() if real.get(key) != toy.get(key)}
     method = {
         "conditioning.control",
+        "conditioning.skeleton",
         "conditioning.caption",
         "conditioning.prompt",
         "conditioning.independent_conditions",

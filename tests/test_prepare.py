@@ -17,7 +17,7 @@ from PIL import Image
 
 from nabla_jax import prepare as prepare_module
 from nabla_jax.checkpoints.pipeline import Component
-from nabla_jax.config import Config, from_dict
+from nabla_jax.config import Conditioning, Config, from_dict
 from nabla_jax.data import controls, read_dataset
 from nabla_jax.data.loader import make_loader, open_prepared
 from nabla_jax.errors import UserError
@@ -88,7 +88,7 @@ def test_records_hold_the_encoded_canvases(root: Path, tmp_path: Path) -> None:
         canvases = {
             "target": controls.target_canvas(image, SIZE),
             "subject": controls.subject_canvas(image, mask, SIZE),
-            "control": controls.control_canvas("fill", image, mask, SIZE),
+            "control": controls.control_canvas(controls.View(image, mask), Conditioning(SIZE)),
         }
         for role, canvas in canvases.items():
             expected = pool(canvas.pixels.transpose(2, 0, 1)[None])[0]
@@ -370,7 +370,7 @@ def test_the_command_stores_what_the_published_encoder_gives(root: Path, base: P
     canvases = {
         "target": controls.target_canvas(image, SIZE),
         "subject": controls.subject_canvas(image, mask, SIZE),
-        "control": controls.control_canvas("fill", image, mask, SIZE),
+        "control": controls.control_canvas(controls.View(image, mask), Conditioning(SIZE)),
     }
     _, arrays = prepared.records.record(5)
     for role, canvas in canvases.items():

@@ -45,6 +45,7 @@ class AdapterMetadata:
       base_sha256: hash of the base transformer's files, empty when unknown.
       in_channels: token channels of the base's picture embedding (64, or 384 for FLUX.1-Fill).
       control: spatial control: fill, depth, keypoints or none.
+      skeleton, dot, line: how keypoints were drawn, where they are the control.
       caption: caption policy: fixed, background.
       prompt: the prompt when the caption policy is fixed.
       text_length: number of text tokens.
@@ -65,6 +66,9 @@ class AdapterMetadata:
     base_sha256: str = ""
     in_channels: int = 0
     control: str = ""
+    skeleton: str = "dense"
+    dot: int = 15
+    line: int = 10
     caption: str = ""
     prompt: str = ""
     text_length: int = 0

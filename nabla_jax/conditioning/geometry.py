@@ -5,6 +5,7 @@ Sizes and boxes are (height, width) and (top, left, bottom, right) everywhere; b
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -35,6 +36,22 @@ def clip_box(box: Box, height: int, width: int) -> Box:
     top, left, bottom, right = box
     top, left = min(max(top, 0), height - 1), min(max(left, 0), width - 1)
     return top, left, min(max(bottom, top + 1), height), min(max(right, left + 1), width)
+
+
+def scale_box(box: Box, ratio: float, height: int, width: int) -> Box:
+    """``box`` enlarged ``ratio`` times about its centre, to whole pixels outwards, inside a height x width picture."""
+    top, left, bottom, right = box
+    rows, columns = (bottom - top) * (ratio - 1) / 2, (right - left) * (ratio - 1) / 2
+    grown = math.floor(top - rows), math.floor(left - columns), math.ceil(bottom + rows), math.ceil(right + columns)
+    return clip_box(grown, height, width)
+
+
+def square_box(box: Box, height: int, width: int) -> Box:
+    """``box`` with its shorter side grown to the longer, as far as a height x width picture reaches."""
+    top, left, bottom, right = box
+    side = max(bottom - top, right - left)
+    top, left = (top + bottom - side) // 2, (left + right - side) // 2
+    return clip_box((top, left, top + side, left + side), height, width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,18 +91,35 @@ class Placement:
         return cls.crop(height, width, (0, 0, height, width), size)
 
     @classmethod
-    def subject(cls, mask: Array, size: int) -> "Placement":
+    def subject(cls, mask: Array, size: int, ratio: float = 1.0) -> "Placement":
         """The box round the foreground of ``mask`` [H, W]; the background inside the box is kept.
 
-        A mask of 1 to 9 pixels gives the whole picture. Raises UserError for an empty mask.
+        The box is padded to ``ratio`` times its height and width, and then to a square. A mask of 1 to 9 pixels gives
+        the whole picture. Raises UserError for an empty mask.
         """
         height, width = mask.shape
-        count = int(np.count_nonzero(mask))
-        if not count:
-            raise UserError("subject mask: found no foreground pixel, expected the bird's silhouette")
-        if count < MIN_MASK_PIXELS:
-            return cls.square(height, width, size)
-        return cls.crop(height, width, mask_box(mask), size)
+        return cls.crop(height, width, _bird_box(mask), size).padded(ratio)
+
+    @classmethod
+    def around(cls, mask: Array, size: int, ratio: float = 2.4) -> "Placement":
+        """A square window of the picture round the foreground of ``mask`` [H, W], to repaint at a larger scale.
+
+        The box round the bird is enlarged ``ratio`` times; where the picture ends, the window is padded. A mask of 1 to
+        9 pixels gives the whole picture. Raises UserError for an empty mask.
+        """
+        height, width = mask.shape
+        window = scale_box(_bird_box(mask), ratio, height, width)
+        return cls.crop(height, width, square_box(window, height, width), size)
+
+    def padded(self, ratio: float) -> "Placement":
+        """The same crop on a square ``ratio`` times as high and wide, centred; every pixel count is rounded down."""
+        rows, columns = self.crop_size
+        larger = int(rows * ratio), int(columns * ratio)
+        side = max(larger)
+        # First to the larger rectangle, then to its square: two roundings.
+        top = (larger[0] - rows) // 2 + (side - larger[0]) // 2
+        left = (larger[1] - columns) // 2 + (side - larger[1]) // 2
+        return dataclasses.replace(self, padding=(top, left, side - rows - top, side - columns - left))
 
     @property
     def crop_size(self) -> tuple[int, int]:
@@ -162,6 +196,13 @@ class Placement:
             return cls(**numbers, box=_four(box), padding=_four(padding))
         except (TypeError, ValueError) as error:
             raise UserError(f"placement: {error}") from error
+
+
+def _bird_box(mask: Array) -> Box:
+    count = int(np.count_nonzero(mask))
+    if not count:
+        raise UserError("subject mask: found no foreground pixel, expected the bird's silhouette")
+    return mask_box(mask) if count >= MIN_MASK_PIXELS else (0, 0, *mask.shape)
 
 
 def _four(values: tuple[int, ...]) -> Box:

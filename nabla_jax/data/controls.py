@@ -1,42 +1,99 @@
-"""Reading pictures and masks, and making the model's inputs from them: one geometry for every command."""
+"""Reading pictures and what is known about them, and making the model's inputs: one geometry for every command."""
 
 import dataclasses
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 
 from nabla_jax import images
 from nabla_jax.conditioning.geometry import Placement
+from nabla_jax.config import Conditioning
+from nabla_jax.data import skeleton
+from nabla_jax.data.dataset import Example
 from nabla_jax.errors import UserError
-from nabla_jax.images import Array, PathLike
+from nabla_jax.hashing import file_sha256
+from nabla_jax.images import Array, Method, PathLike
 
 WHITE = 255
+BLACK = 0
 
 read_image = images.read_rgb
 picture_size = images.picture_size
 
 
-def read_mask(path: PathLike, height: int, width: int) -> Array:
-    """The mask as [height, width] bool: stored values above 127 are foreground.
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A picture and what is known about its bird, all at the picture's own size.
 
-    Raises UserError naming the file when it cannot be read, has another size than its picture, or is empty.
+    Attributes:
+      image: [H, W, 3] uint8.
+      mask: [H, W] bool, the bird's silhouette.
+      depth: [H, W] uint8, near is bright; only control depth needs it.
+      keypoints: [parts, 3] int (row, column, visible), parts as in ``skeleton.PARTS``; only control keypoints needs it.
     """
-    mask = images.read_mask(path, (height, width))
-    if not mask.any():
-        raise UserError(f"{path}: mask is empty, expected foreground pixels above 127")
-    return mask
+
+    image: Array
+    mask: Array
+    depth: Array | None = None
+    keypoints: Array | None = None
 
 
-def fill_control(image: Array, mask: Array) -> Array:
-    """``image`` [H, W, 3] uint8 with the silhouette ``mask`` [H, W] bool cut out: black. Same size.
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """A spatial control: how it is drawn at native size, and how it gets onto the canvas.
 
-    The canvas round it is padded white, like that of every picture.
+    Attributes:
+      draw: a view with all that ``needs`` names -> [H, W, 3] uint8.
+      fill: grey level of the canvas round the picture.
+      filter: how the square is resized.
+      needs: the field of an example (and of a view) without which there is no such control, beside its mask.
     """
-    return np.where(mask[:, :, None], np.uint8(0), image)
+
+    draw: Callable[[View, Conditioning], Array]
+    fill: int
+    filter: Method
+    needs: Literal["depth", "keypoints"] | None = None
 
 
-CONTROLS: dict[str, Callable[[Array, Array], Array]] = {"fill": fill_control}
-"""Name -> function of the target picture and its mask, at native size."""
+def _fill(view: View, _: Conditioning) -> Array:
+    """The picture with the silhouette cut out: black. The canvas round it is white, like that of every picture."""
+    return np.where(view.mask[:, :, None], np.uint8(0), view.image)
+
+
+def _depth(view: View, _: Conditioning) -> Array:
+    assert view.depth is not None
+    return np.repeat(view.depth[:, :, None], 3, axis=2)
+
+
+def _keypoints(view: View, conditioning: Conditioning) -> Array:
+    assert view.keypoints is not None
+    height, width = view.image.shape[:2]
+    return skeleton.draw(
+        view.keypoints, height, width, conditioning.skeleton, dot=conditioning.dot, line=conditioning.line
+    )
+
+
+CONTROLS: dict[str, Control] = {
+    "fill": Control(_fill, WHITE, "bilinear"),
+    # Nearest: between two depths, or two parts' colours, lies a third that is not there.
+    "depth": Control(_depth, BLACK, "nearest", needs="depth"),
+    "keypoints": Control(_keypoints, BLACK, "nearest", needs="keypoints"),
+}
+"""The spatial controls by the name that ``conditioning.control`` gives."""
+
+
+def find_control(kind: str) -> Control:
+    """The control named ``kind``. Raises UserError for an unknown name."""
+    if kind not in CONTROLS:
+        raise UserError(f"conditioning.control: found {kind!r}, expected one of {', '.join(CONTROLS)}")
+    return CONTROLS[kind]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Canvases
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +119,16 @@ def subject_canvas(image: Array, mask: Array, size: int) -> Canvas:
     return Canvas(placement.apply(image, WHITE, "lanczos"), placement)
 
 
-def control_canvas(kind: str, image: Array, mask: Array, size: int) -> Canvas:
-    """The control ``kind`` of the target picture, padded white, bilinear.
+def control_canvas(view: View, conditioning: Conditioning) -> Canvas:
+    """The control ``conditioning.control`` of the target ``view``, on the same placement as the target itself.
 
-    Raises UserError for an unknown kind.
+    Raises UserError for an unknown control, and for a view without what the control is made of.
     """
-    if kind not in CONTROLS:
-        raise UserError(f"conditioning.control: found {kind!r}, expected one of {', '.join(CONTROLS)}")
-    placement = Placement.square(image.shape[0], image.shape[1], size)
-    return Canvas(placement.apply(CONTROLS[kind](image, mask), WHITE, "bilinear"), placement)
+    control = find_control(conditioning.control)
+    if control.needs is not None and getattr(view, control.needs) is None:
+        raise UserError(f"control {conditioning.control}: the target has no {control.needs}, expected them with it")
+    placement = Placement.square(view.image.shape[0], view.image.shape[1], conditioning.size)
+    return Canvas(placement.apply(control.draw(view, conditioning), control.fill, control.filter), placement)
 
 
 def latent_mask(mask: Array, size: int, factor: int = 8) -> Array:
@@ -79,7 +137,130 @@ def latent_mask(mask: Array, size: int, factor: int = 8) -> Array:
     return placement.apply(mask.astype(np.uint8) * np.uint8(255), 0, "area")
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Reading
+# ------------------------------------------------------------------------------------------------------------
+
+
+def read_mask(path: PathLike, height: int, width: int) -> Array:
+    """The mask as [height, width] bool: stored values above 127 are foreground.
+
+    Raises UserError naming the file when it cannot be read, has another size than its picture, or is empty.
+    """
+    mask = images.read_mask(path, (height, width))
+    if not mask.any():
+        raise UserError(f"{path}: mask is empty, expected foreground pixels above 127")
+    return mask
+
+
+def read_depth(path: PathLike, height: int, width: int) -> Array:
+    """The depth map as [height, width] uint8, near is bright. Raises UserError as ``read_mask`` does."""
+    return images.read_grey(path, (height, width), "depth map")
+
+
+def read_keypoints(path: PathLike, height: int, width: int) -> Array:
+    """Keypoints of one picture from a text file: a line ``part x y visible`` for each part, in any order.
+
+    These are the lines of NABirds' ``part_locs.txt`` without the picture's id. Returns [11, 3] int32 (row, column,
+    visible). Raises UserError naming file and line.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            numbered = [(n, line.split()) for n, line in enumerate(file, 1) if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    found: dict[int, tuple[int, int, int]] = {}
+    for number, words in numbered:
+        try:
+            part, x, y, visible = (int(word) for word in words)
+        except ValueError:
+            raise UserError(f"{path}:{number}: found {' '.join(words)!r}, expected part x y visible") from None
+        if part in found or not 0 <= part < len(skeleton.PARTS):
+            raise UserError(f"{path}:{number}: part {part}, expected each of 0 to {len(skeleton.PARTS) - 1} once")
+        found[part] = (y, x, visible)
+    if len(found) != len(skeleton.PARTS):
+        raise UserError(f"{path}: found {len(found)} parts, expected {len(skeleton.PARTS)}")
+    keypoints = np.array([found[part] for part in sorted(found)], np.int32)
+    check_keypoints(keypoints, height, width, str(path))
+    return keypoints
+
+
+def check_keypoints(keypoints: Array, height: int, width: int, where: str) -> None:
+    """Raises UserError if a visible keypoint lies far outside its picture, as it does when the picture was turned.
+
+    Annotators click a little beside the border: a tenth of the picture's size is let through.
+    """
+    if keypoints.shape != (len(skeleton.PARTS), 3):
+        raise UserError(f"{where}: found {keypoints.shape[0]} keypoints, expected {len(skeleton.PARTS)}")
+    rows, columns = keypoints[keypoints[:, 2] != 0, :2].T
+    margin = max(height, width) / 10
+    outside = (rows < -margin) | (rows > height + margin) | (columns < -margin) | (columns > width + margin)
+    if outside.any():
+        row, column = rows[outside][0], columns[outside][0]
+        raise UserError(
+            f"{where}: keypoint at row {row}, column {column} lies outside its picture of {height}x{width} "
+            "(height x width)"
+        )
+
+
 def read_pair(image: PathLike, mask: PathLike) -> tuple[Array, Array]:
     """A picture [H, W, 3] uint8 and its mask [H, W] bool. Raises UserError like the two readers."""
     pixels = read_image(image)
     return pixels, read_mask(mask, *pixels.shape[:2])
+
+
+def read_view(example: Example, kind: str) -> View:
+    """Everything that subject and control ``kind`` are made of.
+
+    Raises UserError for files that are absent, cannot be read or are of another size than the picture.
+    """
+    require([example], kind)
+    assert example.mask is not None
+    image, mask = read_pair(example.image, example.mask)
+    depth, keypoints = _read_needed(example, kind, *image.shape[:2])
+    return View(image, mask, depth, keypoints)
+
+
+def require(examples: Sequence[Example], kind: str) -> None:
+    """Raises one UserError if examples lack their mask or what the control ``kind`` is made of; opens no file."""
+    needs = find_control(kind).needs
+    expected = {"mask": "a PNG for each", "depth": "a PNG for each", "keypoints": "parts/part_locs.txt to list them"}
+    for field in ("mask",) if needs is None else ("mask", needs):
+        absent = [example for example in examples if getattr(example, field) is None]
+        if absent:
+            raise UserError(
+                f"{absent[0].image}: has no {field}; {len(absent)} of {len(examples)} pictures have none, "
+                f"expected {expected[field]}"
+                + ("" if field == "keypoints" else "; python -m nabla_jax.extract makes them")
+            )
+
+
+def check(example: Example, kind: str) -> str:
+    """Checks the files of an example that ``require`` let pass, opening the picture's header only.
+
+    Returns hashes of all that its records depend on. Raises UserError like ``read_view``.
+    """
+    assert example.mask is not None
+    size = picture_size(example.image)
+    read_mask(example.mask, *size)
+    hashes = [file_sha256(example.image), file_sha256(example.mask)]
+    _, keypoints = _read_needed(example, kind, *size)
+    if find_control(kind).needs == "depth":
+        assert example.depth is not None
+        hashes.append(file_sha256(example.depth))
+    if keypoints is not None:
+        hashes.append(hashlib.sha256(keypoints.astype("<i4").tobytes()).hexdigest())
+    return " ".join(hashes)
+
+
+def _read_needed(example: Example, kind: str, height: int, width: int) -> tuple[Array | None, Array | None]:
+    needs = find_control(kind).needs
+    depth = keypoints = None
+    if needs == "depth":
+        assert example.depth is not None
+        depth = read_depth(example.depth, height, width)
+    if needs == "keypoints":
+        assert example.keypoints is not None
+        keypoints = example.keypoints
+        check_keypoints(keypoints, height, width, str(example.image))
+    return depth, keypoints

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nabla_jax.data import controls
+from nabla_jax.config import Conditioning
+from nabla_jax.data import controls, skeleton
 from nabla_jax.errors import UserError
 from tests.data.folders import picture
 
@@ -82,7 +83,7 @@ def test_masks(tmp_path: Path) -> None:
 
 def test_fill_cuts_the_silhouette_out_and_nothing_else() -> None:
     image, mask = picture(295, 1)
-    filled = controls.fill_control(image, mask)
+    filled = controls.CONTROLS["fill"].draw(controls.View(image, mask), Conditioning(96))
     assert (filled[mask] == 0).all()
     np.testing.assert_array_equal(filled[~mask], image[~mask])
 
@@ -90,7 +91,10 @@ def test_fill_cuts_the_silhouette_out_and_nothing_else() -> None:
 def test_canvases_agree_on_where_things_are() -> None:
     """Target and control share one placement: away from the bird they show the same picture."""
     image, mask = picture(295, 1)
-    target, control = controls.target_canvas(image, 96), controls.control_canvas("fill", image, mask, 96)
+    target, control = (
+        controls.target_canvas(image, 96),
+        controls.control_canvas(controls.View(image, mask), Conditioning(96)),
+    )
     assert target.placement == control.placement
     top, left, bottom, right = (round(v) for v in target.placement.region())
     for canvas in (target, control):
@@ -129,4 +133,95 @@ def test_latent_mask_is_coverage_of_the_padded_square() -> None:
 
 def test_unknown_control() -> None:
     with pytest.raises(UserError, match=r"conditioning.control: found 'edges', expected one of fill"):
-        controls.control_canvas("edges", *picture(295, 1), 64)
+        controls.control_canvas(controls.View(*picture(295, 1)), Conditioning(64, "edges"))
+
+
+def view(depth: np.ndarray | None = None, keypoints: np.ndarray | None = None) -> controls.View:
+    return controls.View(*picture(295, 1), depth, keypoints)
+
+
+def test_a_control_without_what_it_is_made_of() -> None:
+    for kind in ("depth", "keypoints"):
+        with pytest.raises(UserError, match=f"control {kind}: the target has no {kind}"):
+            controls.control_canvas(view(), Conditioning(64, kind))
+
+
+def test_every_control_lies_where_the_target_lies() -> None:
+    height, width = picture(295, 1)[0].shape[:2]
+    keypoints = np.zeros((11, 3), int)
+    whole = view(np.full((height, width), 200, np.uint8), keypoints)
+    for kind, control in controls.CONTROLS.items():
+        canvas = controls.control_canvas(whole, Conditioning(96, kind))
+        assert canvas.placement == controls.target_canvas(whole.image, 96).placement
+        assert (canvas.pixels[0] == control.fill).all()
+    depth = controls.control_canvas(whole, Conditioning(96, "depth")).pixels
+    assert set(np.unique(depth)) == {0, 200}  # nothing between the map and the padding
+
+
+def test_depth_maps_that_do_not_fit(tmp_path: Path) -> None:
+    path = save(tmp_path / "d.png", np.zeros((4, 5), np.uint8))
+    with pytest.raises(UserError, match=r"d\.png: depth map is 4x5 \(height x width\), expected 5x4"):
+        controls.read_depth(path, 5, 4)
+    with pytest.raises(UserError, match=r"e\.png: found I;16 pixels of more than 8 bits, expected an 8-bit depth map"):
+        controls.read_depth(save(tmp_path / "e.png", np.zeros((4, 5), np.uint16)), 4, 5)
+
+
+def test_skeletons_leave_hidden_parts_out() -> None:
+    keypoints = np.zeros((11, 3), int)
+    keypoints[skeleton.PARTS.index("crown")] = 5, 6, 1
+    keypoints[skeleton.PARTS.index("bill")] = 30, 40, 1
+    keypoints[skeleton.PARTS.index("tail")] = 10, 70, 0
+    picture_of = skeleton.draw(keypoints, 60, 80, "dense", dot=5, line=3)
+    dots, lines = skeleton.husl_palette(11), skeleton.husl_palette(25)
+    colours = {tuple(int(v) for v in colour) for colour in np.unique(picture_of.reshape(-1, 3), axis=0)}
+    assert colours == {(0, 0, 0), dots[0], dots[1], lines[skeleton.DENSE.index(("crown", "bill"))]}
+    assert tuple(picture_of[5, 6]) == dots[1] and tuple(picture_of[30, 40]) == dots[0]
+    assert tuple(picture_of[17, 23]) == lines[0]
+    assert not skeleton.draw(keypoints, 60, 80, "dots", 5, 3)[17, 23].any()
+    with pytest.raises(UserError, match="conditioning.skeleton: found 'bones'"):
+        skeleton.draw(keypoints, 60, 80, "bones")
+    with pytest.raises(UserError, match="keypoints: found shape"):
+        skeleton.draw(keypoints[:5], 60, 80)
+
+
+@pytest.mark.parametrize("count", [1, 10, 11, 25])
+def test_palette_is_of_one_lightness(count: int) -> None:
+    """L* of CIE 1976 by scikit-image, which knows nothing of HUSL."""
+    from skimage.color import rgb2lab
+
+    colours = np.array(skeleton.husl_palette(count), np.float64)[None] / 255
+    lightness = rgb2lab(colours)[0, :, 0]
+    assert np.abs(lightness - 0.65 * 99).max() < 1
+    assert len(set(skeleton.husl_palette(count))) == count
+
+
+def test_keypoints_that_do_not_fit() -> None:
+    keypoints = np.zeros((11, 3), int)
+    keypoints[3] = 20, 90, 1
+    controls.check_keypoints(keypoints, 60, 90, "x")
+    controls.check_keypoints(keypoints, 60, 82, "x")  # a click beside the border
+    with pytest.raises(UserError, match=r"x: keypoint at row 20, column 90 lies outside its picture of 90x60"):
+        controls.check_keypoints(keypoints, 90, 60, "x")
+    keypoints[3, 2] = 0
+    controls.check_keypoints(keypoints, 90, 60, "x")
+    with pytest.raises(UserError, match="x: found 4 keypoints, expected 11"):
+        controls.check_keypoints(keypoints[:4], 90, 60, "x")
+
+
+def test_keypoints_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "points.txt"
+    lines = [f"{part} {10 + part} {20 + part} {part % 2}" for part in reversed(range(11))]
+    path.write_text("\n".join(lines) + "\n")
+    expected = [[20 + part, 10 + part, part % 2] for part in range(11)]
+    np.testing.assert_array_equal(controls.read_keypoints(path, 40, 40), expected)
+    for change, message in {
+        "0 1": ":11: found '0 1', expected part x y visible",
+        "1 2 3 1": ":11: part 1, expected each of 0 to 10 once",
+        "11 2 3 1": ":11: part 11, expected each",
+        "": "found 10 parts, expected 11",
+    }.items():
+        path.write_text("\n".join([*lines[:-1], change]) + "\n")
+        with pytest.raises(UserError, match=f"points.txt{message}" if message[0] == ":" else message):
+            controls.read_keypoints(path, 40, 40)
+    with pytest.raises(UserError, match="cannot be read"):
+        controls.read_keypoints(tmp_path / "none.txt", 40, 40)
