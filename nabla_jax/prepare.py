@@ -68,7 +68,9 @@ def main(argv: Sequence[str]) -> None:
     def arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--overwrite", action="store_true", help="empty a folder made with other settings")
         parser.add_argument(
-            "--validate", action="store_true", help="list every problem of a data folder (see --validate --help)"
+            "--validate",
+            action="store_true",
+            help="list what is wrong with data folders, or with pair lists after --pairs (see --validate --help)",
         )
 
     if "--validate" in argv:

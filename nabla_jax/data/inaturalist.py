@@ -6,6 +6,7 @@
     RELATIVE_PATH/IMAGE              for example images/Cactus_Wren/123456/987654.jpg
     mask/..., depth/...              the same path with images replaced by mask or depth, as .png
     captions_short.json              by "<observation id>_<file stem>"
+    manifest.jsonl                   licence and attribution of each photo, as nabla_jax.fetch writes it
 
 A photo's name alone is not unique (photo_1.jpg occurs in many observations): its id is "<observation
 id>_<stem>".
@@ -17,7 +18,9 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+from typing import Any
 
+from nabla_jax import runs
 from nabla_jax.data.dataset import Dataset, Example
 from nabla_jax.data.nabirds import read_captions
 from nabla_jax.data.problems import Problems
@@ -170,6 +173,7 @@ def scan(root: Path, problems: Problems) -> Dataset:
         file = root / "captions_short.json"
         problems.error(file, None, str(error).removeprefix(f"{file}: "), 'write {"OBSERVATION_STEM": "caption", ...}')
         captions = {}
+    fetched = _fetched(root / "manifest.jsonl", problems)
     examples: dict[str, Example] = {}
     for row in table:
         name = row.species
@@ -189,6 +193,7 @@ def scan(root: Path, problems: Problems) -> Dataset:
                 found = f"{id} is of {name} here and of {examples[id].class_name} above"
                 problems.error(path, row.line, found, "give the observation one species")
                 continue
+            about = fetched.get(image.relative_to(root).as_posix(), {})
             examples[id] = Example(
                 id=id,
                 image=image,
@@ -200,8 +205,8 @@ def scan(root: Path, problems: Problems) -> Dataset:
                 caption=captions.get(id),
                 individual=row.observation,
                 split="test",
-                licence=row.values.get("licence") or None,
-                credit=row.values.get("user_login") or None,
+                licence=about.get("license_code") or row.values.get("licence") or None,
+                credit=about.get("attribution") or row.values.get("user_login") or None,
                 scientific_name=row.values.get("scientific_name") or None,
             )
     bare = [example for example in examples.values() if example.mask is None]
@@ -211,6 +216,15 @@ def scan(root: Path, problems: Problems) -> Dataset:
         for example in bare:
             problems.warn(example.image, None, "has no mask", "make it before generate needs it")
     return Dataset(root.name, root, tuple(examples.values()))
+
+
+def _fetched(path: Path, problems: Problems) -> dict[str, dict[str, Any]]:
+    """Path below the folder -> what the fetcher learned of the photo; empty for photos from elsewhere."""
+    try:
+        return {str(row["image"]): row for row in runs.read_rows(path) if "image" in row}
+    except UserError as error:
+        problems.error(path, None, str(error).removeprefix(f"{path}: "), "fetch the photos again")
+        return {}
 
 
 def _control(root: Path, image: Path, folder: str) -> Path | None:

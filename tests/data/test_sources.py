@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +172,15 @@ def test_photos_are_keyed_by_observation_and_stem(inat: Path) -> None:
     assert other.class_id == dataset.by_id["111_9001"].class_id != first.class_id
     assert (other.individual, other.credit, other.split) == ("333", "user2", "test")
     assert dataset.by_id["222_photo_2"].caption == "A bird on flax."
+
+
+def test_the_fetchers_manifest_says_whose_a_photo_is(inat: Path) -> None:
+    image = "images/Cactus_Wren/111/9001.jpg"
+    row = {"image": image, "status": "fetched", "license_code": "cc-by", "attribution": "(c) Ann, some rights reserved"}
+    (inat / "manifest.jsonl").write_text(json.dumps(row) + "\n")
+    first, second, *_ = read_dataset(inat).examples
+    assert (first.licence, first.credit) == ("cc-by", "(c) Ann, some rights reserved")
+    assert (second.licence, second.credit) == (None, "user0")
 
 
 def test_only_the_folder_below_the_root_is_exchanged_for_the_mask(inat: Path) -> None:

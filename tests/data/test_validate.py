@@ -3,15 +3,17 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from benchmarks.scan_dataset import write_folder
+from nabla_jax import images
 from nabla_jax.data import read_dataset, scan_dataset
 from nabla_jax.data.problems import Problems
-from nabla_jax.data.validate import check_folder, check_pictures, listing
+from nabla_jax.data.validate import _plain_jpeg_size, check_folder, check_pictures, listing
 from nabla_jax.errors import UserError
 from nabla_jax.prepare import main
 from tests.data.folders import file_of, id_of, write_inat, write_nabirds
@@ -109,6 +111,17 @@ def test_pictures_are_compared_with_lists_and_controls(nabirds: Path) -> None:
     assert {file.split("/")[0] for file, _ in errors} == {"masks", "depth"}  # of the picture that is 9 x 9 now
     line = 1 + [row.split()[0] for row in (nabirds / "sizes.txt").read_text().splitlines()].index(id_of(297, 1))
     assert "on disk" in found(nabirds, "warning")[("sizes.txt", line)]
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True}, {"comment": b"x" * 3000}])
+def test_the_quick_look_at_a_jpeg_agrees_with_opening_it(tmp_path: Path, options: dict[str, Any]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 53, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", **options)
+    assert _plain_jpeg_size(tmp_path / "a.jpg") == images.picture_size(tmp_path / "a.jpg") == (37, 53)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "b.jpg", exif=turned, **options)
+    assert _plain_jpeg_size(tmp_path / "b.jpg") is None and images.picture_size(tmp_path / "b.jpg") == (53, 37)
 
 
 def test_inaturalist_rows_are_checked_together(tmp_path: Path) -> None:
