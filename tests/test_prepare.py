@@ -69,7 +69,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "RECORDS_PER_SHARD", 3)
+    monkeypatch.setattr(prepare_module, "PICTURES_PER_SHARD", 3)
     monkeypatch.setattr(prepare_module, "PIXELS_PER_CALL", 2 * 3 * SIZE * SIZE)
 
 
@@ -187,7 +187,7 @@ import sys, time
 from pathlib import Path
 from nabla_jax import prepare as module
 from tests import test_prepare as t
-module.RECORDS_PER_SHARD, module.PIXELS_PER_CALL = 3, 2 * 3 * t.SIZE**2
+module.PICTURES_PER_SHARD, module.PIXELS_PER_CALL = 3, 2 * 3 * t.SIZE**2
 def slow(images):
     print("call", flush=True)
     time.sleep(0.2)
