@@ -42,7 +42,7 @@ import numpy as np
 
 from nabla_jax import config as configs
 from nabla_jax import runs
-from nabla_jax.data import Example, controls, read_dataset
+from nabla_jax.data import Example, controls, pictures, read_dataset
 from nabla_jax.data.dataset import class_index
 from nabla_jax.data.loader import FEATURES, MANIFEST, SCHEMA, TEXT, check_files, shard_name
 from nabla_jax.data.pictures import Pictures, captions_sha256, inputs, look, ordered, roles
@@ -206,15 +206,15 @@ class Shard:
 class Work:
     """What every shard's content depends on beside its pictures."""
 
-    size: int
+    conditioning: configs.Conditioning
     roles: tuple[str, ...]
     made: str  # hash of the settings
     encoders: Encoders
     pool: ThreadPoolExecutor
 
-    def records(self, pictures: int) -> int:
+    def records(self, count: int) -> int:
         """How many records hold so many pictures."""
-        return pictures * (len(self.roles) + (self.encoders.vision is not None))
+        return count * (len(self.roles) + (self.encoders.vision is not None))
 
 
 def prepare(
@@ -244,7 +244,7 @@ def prepare(
         _meet("claimed", count)
         if index:
             settings = _joined(folder, settings)
-        work = Work(config.conditioning.size, roles(kinds(config)), made_with(settings), encoders, pool)
+        work = Work(config.conditioning, roles(kinds(config)), made_with(settings), encoders, pool)
         missing = {shard.name for shard in shards if not _is_whole(folder, shard, work, say=index == 0)}
         finished = not missing and (folder / MANIFEST).is_file() and (folder / TEXT).is_file()
         _meet("looked", count)
@@ -307,39 +307,17 @@ def captions_of(config: configs.Config, examples: Sequence[Example]) -> tuple[li
     return [config.conditioning.prompt], [0] * len(examples)
 
 
-def check_masks(examples: Sequence[Example]) -> None:
-    """Raises one UserError with the number of examples that have no mask and the first of them."""
-    absent = [e for e in examples if e.mask is None]
-    if absent:
-        raise UserError(
-            f"{absent[0].image}: has no mask; {len(absent)} of {len(examples)} pictures have none, "
-            "expected a PNG for each"
-        )
-
-
 def check(examples: Sequence[Example], kinds: Sequence[str], pool: ThreadPoolExecutor) -> str:
-    """Checks that every picture has a non-empty mask of its size; returns a hash of all that the records come from.
+    """Checks that every picture has a non-empty mask, and what the controls are made of, of its size.
 
-    Raises one UserError with the number of examples that are wrong and the first of them.
+    Returns a hash of all of it. Raises one UserError with the number of examples that are wrong and the first of them.
     """
-    check_masks(examples)
-    drawn = set(kinds) != {"fill"}  # other controls are drawn from more than the picture and its mask
-    hashes = _all(pool, lambda e: _check_one(e, drawn), examples, "check")
+    pictures.require(examples, kinds)
+    hashes = _all(pool, functools.partial(pictures.check, kinds=kinds), examples, "check")
     digest = hashlib.sha256()
     for example, line in zip(examples, hashes, strict=True):
         digest.update(f"{example.id} {example.class_id} {line}\n".encode())
     return digest.hexdigest()
-
-
-def _check_one(example: Example, drawn: bool) -> str:
-    assert example.mask is not None
-    controls.read_mask(example.mask, *controls.picture_size(example.image))
-    hashes = [file_sha256(example.image), file_sha256(example.mask)]
-    if drawn and example.depth is not None:
-        hashes.append(file_sha256(example.depth))
-    if drawn and example.keypoints is not None:
-        hashes.append(hashlib.sha256(repr(np.asarray(example.keypoints).tolist()).encode()).hexdigest())
-    return " ".join(hashes)
 
 
 def _decode_all(examples: Sequence[Example], work: Work) -> None:
@@ -348,7 +326,7 @@ def _decode_all(examples: Sequence[Example], work: Work) -> None:
         controls.read_image(example.image)
 
     if examples:  # one whole example first: a control that cannot be made is the same for all
-        inputs(examples[0], work.roles, work.size, work.encoders.factor)
+        inputs(examples[0], work.roles, work.conditioning, work.encoders.factor)
     _all(work.pool, decode, examples, "decode")
 
 
@@ -479,19 +457,18 @@ def moments_shape(size: int, encoders: Encoders) -> tuple[int, int, int]:
 
 
 def _bytes_per_picture(work: Work) -> int:
-    channels, height, width = moments_shape(work.size, work.encoders)
+    channels, height, width = moments_shape(work.conditioning.size, work.encoders)
     vision = 4 * work.encoders.vision.width if work.encoders.vision else 0
     # Headers, names and checksums of a record come to less than a kilobyte.
     return height * width * (len(work.roles) * channels * 2 + 1) + vision + 2**10 * work.records(1)
 
 
-def _check_room(folder: Path, pictures: int, size: int) -> None:
-    needed = pictures * size
+def _check_room(folder: Path, count: int, size: int) -> None:
+    needed = count * size
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{folder}: disk too full: {pictures} pictures need {needed / 2**30:.1f} GiB, "
-            f"{free / 2**30:.1f} GiB are free"
+            f"{folder}: disk too full: {count} pictures need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
         )
 
 
@@ -512,14 +489,14 @@ def pictures_per_call(size: int, devices: int) -> int:
     return max(1, PIXELS_PER_CALL // (size * size)) * devices
 
 
-def stored_moments(encode: Callable[[Array], Array], pictures: Array, per_call: int) -> Array:
-    """Moments of pictures [n, 3, S, S] uint8 as they are stored, [n, 2C, h, w] float16.
+def stored_moments(encode: Callable[[Array], Array], images: Array, per_call: int) -> Array:
+    """Moments of images [n, 3, S, S] uint8 as they are stored, [n, 2C, h, w] float16.
 
     ``encode`` is called with one shape only, so that it is compiled once and equal pictures give equal bits.
     """
     results = []
-    for start in range(0, len(pictures), per_call):
-        part = pictures[start : start + per_call]
+    for start in range(0, len(images), per_call):
+        part = images[start : start + per_call]
         with np.errstate(over="ignore"):  # infinities are for the caller to find
             results.append(encode(_padded(part, per_call))[: len(part)].astype(np.float16))
     return np.concatenate(results)
@@ -531,11 +508,11 @@ def _padded(part: Array, count: int) -> Array:
 
 def shard_records(shard: Shard, work: Work) -> Iterator[bytes]:
     """The records of a shard, in order; threads decode pictures ahead of the device."""
-    vision, per_call = work.encoders.vision, pictures_per_call(work.size, work.encoders.devices)
+    vision, per_call = work.encoders.vision, pictures_per_call(work.conditioning.size, work.encoders.devices)
 
     def load(example: Example) -> dict[str, Array]:
-        found = inputs(example, work.roles, work.size, work.encoders.factor)
-        return found if vision is None else found | {FEATURES: vision.pixels(look(example, work.size))}
+        found = inputs(example, work.roles, work.conditioning, work.encoders.factor)
+        return found if vision is None else found | {FEATURES: vision.pixels(look(example, work.conditioning.size))}
 
     def record(row: int, role: str, arrays: dict[str, Array]) -> bytes:
         example = shard.examples[row]
@@ -624,7 +601,7 @@ def _manifest(
         },
         "roles": list(work.roles),
         "features": work.encoders.vision.width if work.encoders.vision else 0,
-        "moments": list(moments_shape(work.size, work.encoders)),
+        "moments": list(moments_shape(work.conditioning.size, work.encoders)),
         "shards": [
             entry(path, sha256) | {"pictures": len(s.examples), "records": work.records(len(s.examples))}
             for s, path, sha256 in zip(shards, files[:-1], hashes[:-1], strict=True)
@@ -680,9 +657,9 @@ def estimate(config: configs.Config, encoders: Encoders) -> Estimate:
     wanted = roles(kinds(config))
     per_call = pictures_per_call(config.conditioning.size, encoders.devices)
     few = min(len(examples), max(2, 2 * per_call // len(wanted)))
-    check_masks(examples)
+    pictures.require(examples, kinds(config))
     with _thread_pool() as pool:
-        work = Work(config.conditioning.size, wanted, made_with({}), encoders, pool)
+        work = Work(config.conditioning, wanted, made_with({}), encoders, pool)
         sample = Shard("", 0, examples[:few], rows[:few])
         for _ in range(2):
             start = time.perf_counter()
@@ -701,10 +678,10 @@ def pictures_source(config: configs.Config, encoders: Encoders) -> Pictures:
     Raises UserError for pictures without a mask.
     """
     examples = ordered(read_dataset(config.data.root), config.data.split)
-    check_masks(examples)
+    pictures.require(examples, kinds(config))
     captions, rows = captions_of(config, examples)
     embeds, pooled = encoders.prompts(captions)
-    return Pictures(examples, tuple(rows), embeds, pooled, config.conditioning.size, encoders.factor)
+    return Pictures(examples, tuple(rows), embeds, pooled, config.conditioning, encoders.factor)
 
 
 if __name__ == "__main__":

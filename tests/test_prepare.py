@@ -78,17 +78,22 @@ def test_records_hold_the_encoded_canvases(root: Path, tmp_path: Path) -> None:
     prepared = open_prepared(folder)
     dataset = read_dataset(root)
     assert prepared.manifest["ids"] == sorted(e.id for e in dataset.of_split("train"))
-    assert prepared.manifest["counts"] == {"pictures": 8, "classes": 4, "captions": 1, "shards": 3}
+    counts = {"pictures": 8, "classes": 4, "captions": 1, "shards": 3, "records": 24}
+    assert prepared.manifest["counts"] == counts
     for index, id in enumerate(prepared.manifest["ids"]):
-        meta, arrays = prepared.records.record(index)
         example = dataset.by_id[id]
-        assert meta == {"id": id, "class_id": example.class_id, "caption": 0, "index": index}
+        for k, role in enumerate(("target", "subject", "control_fill")):
+            meta, _ = prepared.records.record(3 * index + k)
+            made = prepared.manifest["made"]
+            here = {"id": id, "class_id": example.class_id, "caption": 0, "index": index, "role": role, "made": made}
+            assert meta == here
+        arrays = prepared.read(index, ("target", "subject", "control_fill"))
         assert example.mask is not None
         image, mask = controls.read_pair(example.image, example.mask)
         canvases = {
             "target": controls.target_canvas(image, SIZE),
             "subject": controls.subject_canvas(image, mask, SIZE),
-            "control": controls.control_canvas("fill", image, mask, SIZE),
+            "control_fill": controls.control_canvas("fill", image, mask, SIZE),
         }
         for role, canvas in canvases.items():
             expected = pool(canvas.pixels.transpose(2, 0, 1)[None])[0]
@@ -106,6 +111,11 @@ def test_manifest_has_a_class_index_and_training_reads_the_folder(root: Path, tm
     assert manifest["classes"]["295"]["name"] == "Blue-winged Teal (Male)"
     for c, entry in manifest["classes"].items():
         assert [manifest["class_ids"][p] for p in entry["positions"]] == [int(c)] * 4
+    teal = ["Birds", "Ducks, Geese, and Swans", "Ducks and Geese", "Blue-winged Teal", "Blue-winged Teal (Male)"]
+    assert manifest["classes"]["295"]["taxonomy"] == teal
+    for shard in manifest["shards"]:
+        data = (folder / shard["file"]).read_bytes()
+        assert (shard["bytes"], shard["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
     batch = next(make_loader(folder, "class_uniform", 4, seed=0))
     assert batch["target"].shape == (4, 6, SIZE // 8, SIZE // 8)
     assert batch["prompt_embeds"].shape == (4, 4, 3)
@@ -177,7 +187,7 @@ def test_an_interrupted_run_continues_and_keeps_whole_shards(root: Path, tmp_pat
         prepare(config, encoders(images=stops))
     assert not (tmp_path / "out" / "manifest.json").exists()
     kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("shard*")}
-    assert len(kept) == after // 2  # two calls of two pictures for a shard of three
+    assert len(kept) == after // 2  # two calls of six canvases for a shard of three pictures
     assert contents(prepare(config, encoders())) == expected
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in kept} == kept
 
@@ -358,7 +368,7 @@ def command(root: Path, base: Path, out: Path) -> list[str]:
 def test_the_command_stores_what_the_published_encoder_gives(root: Path, base: Path, tmp_path: Path) -> None:
     prepare_module.main(command(root, base, tmp_path / "out"))
     prepared = open_prepared(tmp_path / "out")
-    assert len(prepared.records) == 8
+    assert len(prepared.records) == 24
     assert set(prepared.manifest["settings"]["weights"]) == {
         "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2",
     }  # fmt: skip
@@ -370,9 +380,9 @@ def test_the_command_stores_what_the_published_encoder_gives(root: Path, base: P
     canvases = {
         "target": controls.target_canvas(image, SIZE),
         "subject": controls.subject_canvas(image, mask, SIZE),
-        "control": controls.control_canvas("fill", image, mask, SIZE),
+        "control_fill": controls.control_canvas("fill", image, mask, SIZE),
     }
-    _, arrays = prepared.records.record(5)
+    arrays = prepared.read(5, tuple(canvases))
     for role, canvas in canvases.items():
         pixels = torch.from_numpy(canvas.pixels.transpose(2, 0, 1)[None] / np.float32(127.5) - 1)
         with torch.no_grad():

@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from nabla_jax.config import Conditioning
 from nabla_jax.data import controls
 from nabla_jax.data.dataset import Dataset, Example, class_index
+from nabla_jax.errors import UserError
+from nabla_jax.hashing import file_sha256
 
 Array = np.ndarray[Any, Any]
 
@@ -24,7 +27,7 @@ def roles(kinds: Sequence[str]) -> tuple[str, ...]:
     return ("target", "subject", *(CONTROL + kind for kind in kinds))
 
 
-def inputs(example: Example, wanted: Sequence[str], size: int, factor: int) -> dict[str, Array]:
+def inputs(example: Example, wanted: Sequence[str], conditioning: Conditioning, factor: int) -> dict[str, Array]:
     """An example on the model's canvas: each role of ``wanted`` [3, size, size] uint8.
 
     With the target comes ``mask`` [size / factor, size / factor] uint8, the foreground coverage of each latent.
@@ -32,6 +35,7 @@ def inputs(example: Example, wanted: Sequence[str], size: int, factor: int) -> d
     """
     assert example.mask is not None
     image, mask = controls.read_pair(example.image, example.mask)
+    size = conditioning.size
     found: dict[str, Array] = {}
     for role in wanted:
         if role == "target":
@@ -43,6 +47,26 @@ def inputs(example: Example, wanted: Sequence[str], size: int, factor: int) -> d
             canvas = controls.control_canvas(role.removeprefix(CONTROL), image, mask, size)
         found[role] = np.ascontiguousarray(canvas.pixels.transpose(2, 0, 1))
     return found
+
+
+def require(examples: Sequence[Example], kinds: Sequence[str]) -> None:
+    """Raises one UserError if examples lack what subject and the controls ``kinds`` are made of; opens no file."""
+    absent = [e for e in examples if e.mask is None]
+    if absent:
+        raise UserError(
+            f"{absent[0].image}: has no mask; {len(absent)} of {len(examples)} pictures have none, "
+            "expected a PNG for each"
+        )
+
+
+def check(example: Example, kinds: Sequence[str]) -> str:
+    """Checks the files of an example that ``require`` let pass, opening the picture's header only.
+
+    Returns hashes of all that its records depend on. Raises UserError like ``inputs``.
+    """
+    assert example.mask is not None
+    controls.read_mask(example.mask, *controls.picture_size(example.image))
+    return f"{file_sha256(example.image)} {file_sha256(example.mask)}"
 
 
 def look(example: Example, size: int) -> Array:
@@ -74,7 +98,7 @@ class Pictures:
     captions: tuple[int, ...]
     prompt_embeds: Array = dataclasses.field(repr=False)
     pooled: Array = dataclasses.field(repr=False)
-    size: int
+    conditioning: Conditioning
     factor: int
 
     @property
@@ -95,7 +119,7 @@ class Pictures:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Of what ``read`` returns."""
-        return 3, self.size, self.size
+        return 3, self.conditioning.size, self.conditioning.size
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -105,8 +129,9 @@ class Pictures:
     @property
     def grid(self) -> tuple[int, int]:
         """(height, width) of a mask."""
-        return self.size // self.factor, self.size // self.factor
+        side = self.conditioning.size // self.factor
+        return side, side
 
     def read(self, position: int, wanted: Sequence[str]) -> dict[str, Array]:
         """The roles ``wanted`` of a picture, and ``mask`` with the target; see ``inputs``."""
-        return inputs(self.examples[position], wanted, self.size, self.factor)
+        return inputs(self.examples[position], wanted, self.conditioning, self.factor)

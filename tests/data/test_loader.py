@@ -271,9 +271,7 @@ def test_swapped_shards_are_named_when_the_folder_is_opened(folder: Path, tmp_pa
     a |= {"bytes": b["bytes"], "pictures": 3, "records": b["records"]}
     b |= {"bytes": (folder / b["file"]).stat().st_size, "pictures": 5, "records": 25}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(
-        UserError, match=r"shard-00000-of-00002\.array_record: swapped shard: .*target of picture 5"
-    ):
+    with pytest.raises(UserError, match=r"shard-00000-of-00002\.array_record: swapped shard: .*target of picture 5"):
         open_prepared(folder)
 
 
