@@ -35,8 +35,8 @@ SCHEMA = 2
 MANIFEST = "manifest.json"
 TEXT = "text.safetensors"
 FEATURES = "features"
-# Steps of a stream; any number beyond the longest run.
-_ENDLESS = 2**40
+# Samples of a stream; any number beyond the longest run.
+_ENDLESS = 2**48
 # Batches that are ready before they are asked for, beside the one that each thread works on.
 _AHEAD = 2
 
@@ -82,21 +82,6 @@ class Prepared:
         shards = self.manifest["shards"]
         pictures = [0, *itertools.accumulate(s["pictures"] for s in shards)]
         return pictures, [0, *itertools.accumulate(s["records"] for s in shards)]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of what ``read`` returns."""
-        return tuple(self.manifest["moments"])
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Of what ``read`` returns."""
-        return np.dtype(np.float16)
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        """(height, width) of a mask."""
-        return tuple(self.manifest["moments"][1:])
 
     @property
     def features(self) -> Callable[[], Array] | None:
@@ -318,63 +303,82 @@ def make_loader(
     draw = pairs.sampler(sampler, source.classes, options)
     # Text is added by this process: a worker need not load it, nor hand over megabytes that are all the same.
     bare = dataclasses.replace(source, prompt_embeds=source.prompt_embeds[:0], pooled=source.pooled[:0])
-    reading = Reading(bare, draw, seed, batch, shard, control)
+    reading = Reading(bare, draw, seed, control)
 
     def finish(read: Batch) -> Batch:
         moments = read if encode is None else _encoded(read, encode)
         return moments | text_of(source, moments["caption"])
 
-    return Loader(lambda step: _iterate(reading, step, threads, workers), finish)
+    numbers = Numbers(batch, shard)
+    return Loader(lambda step: _iterate(reading, numbers, step, threads, workers), finish)
 
 
-def _iterate(reading: "Reading", step: int, threads: int, workers: int) -> Any:
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """Which sample of the stream is where in the batches of a process; see ``make_loader``."""
+
+    batch: int
+    shard: tuple[int, int]
+    step: int = 0  # of the first batch
+    workers: int = 1
+
+    def __call__(self, index: int) -> int:
+        """The sample that worker ``index`` % workers reads as its number ``index`` // workers.
+
+        Grain deals single elements to its workers, which make batches of what they get, and then takes a batch of
+        each in turn. Numbered like this, worker w makes the batches w, w + workers, ... of one and the same stream.
+        """
+        place, worker = divmod(int(index), self.workers)
+        step = self.step + place // self.batch * self.workers + worker
+        process, processes = self.shard
+        return (step * processes + process) * self.batch + place % self.batch
+
+
+def _iterate(reading: "Reading", numbers: Numbers, step: int, threads: int, workers: int) -> Any:
     import grain
 
-    # One element is one batch: rows go from the file's bytes into the batch without a copy between.
-    dataset = grain.MapDataset.range(step, _ENDLESS).map(reading)
+    numbers = dataclasses.replace(numbers, step=step, workers=max(workers, 1))
+    dataset = grain.MapDataset.range(_ENDLESS).map(numbers).map(reading)
     if not workers:
-        return iter(dataset.to_iter_dataset(grain.ReadOptions(threads, threads + _AHEAD if threads else 0)))
+        batches = dataset.batch(numbers.batch, drop_remainder=True)
+        return iter(batches.to_iter_dataset(grain.ReadOptions(threads, threads + _AHEAD if threads else 0)))
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain hands its flags to the workers, and refuses unparsed ones
-    serial = dataset.to_iter_dataset(grain.ReadOptions(0, 0))
+    # Batches are made last: Grain then stacks them in memory that is shared with this process.
+    serial = dataset.to_iter_dataset(grain.ReadOptions(0, 0)).batch(numbers.batch, drop_remainder=True)
     return iter(serial.mp_prefetch(grain.MultiprocessingOptions(workers, _AHEAD)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """The pairs of a step and what is read of them; a function that worker processes can run."""
+    """The pairs of a stream and what is read of them; a function that worker processes can run."""
 
     source: Source
     draw: pairs.Sampler
     seed: int
-    batch: int
-    shard: tuple[int, int]
     control: str
 
-    def __call__(self, step: int) -> Batch:
-        """This process's batch of a step, without text, in the source's dtype; see ``make_loader``."""
-        process, processes = self.shard
-        first = (int(step) * processes + process) * self.batch
-        drawn = [self.draw(self.seed, first + row) for row in range(self.batch)]
+    def __call__(self, number: int) -> Batch:
+        """A sample of the stream, without text, in the source's dtype; see ``make_loader``."""
+        pair = self.draw(self.seed, number)
         control = CONTROL + self.control
-        shape = (self.batch, *self.source.shape)
-        out = {name: np.empty(shape, self.source.dtype) for name in ("target", "subject", "control")}
-        out["mask"] = np.empty((self.batch, *self.source.grid), np.float32)
-        for row, pair in enumerate(drawn):
-            target = self.source.read(pair.target, ("target", control))
-            out["target"][row], out["control"][row] = target["target"], target[control]
-            out["mask"][row] = target["mask"].astype(np.float32) / 255
-            out["subject"][row] = self.source.read(pair.subject, ("subject",))["subject"]
+        target = self.source.read(pair.target, ("target", control))
         numbers = {
-            "sample": range(first, first + self.batch),
-            "subject_index": [pair.subject for pair in drawn],
-            "target_index": [pair.target for pair in drawn],
-            "level": [pairs.LEVELS.index(pair.level) for pair in drawn],
-            "caption": [self.source.captions[pair.target] for pair in drawn],
+            "sample": number,
+            "subject_index": pair.subject,
+            "target_index": pair.target,
+            "level": pairs.LEVELS.index(pair.level),
+            "caption": self.source.captions[pair.target],
         }
-        return out | {name: np.asarray(values, np.int64) for name, values in numbers.items()}
+        return {
+            "target": target["target"],
+            "subject": self.source.read(pair.subject, ("subject",))["subject"],
+            "control": target[control],
+            "mask": target["mask"].astype(np.float32) / 255,
+            **{name: np.asarray(value, np.int64) for name, value in numbers.items()},
+        }
 
 
 def _encoded(batch: Batch, encode: Encode) -> Batch:

@@ -116,22 +116,6 @@ class Pictures:
         """Pictures have none; see ``loader.Prepared``."""
         return
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Of what ``read`` returns."""
-        return 3, self.conditioning.size, self.conditioning.size
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Of what ``read`` returns."""
-        return np.dtype(np.uint8)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(height, width) of a mask."""
-        side = self.conditioning.size // self.factor
-        return side, side
-
     def read(self, position: int, wanted: Sequence[str]) -> dict[str, Array]:
         """The roles ``wanted`` of a picture, and ``mask`` with the target; see ``inputs``."""
         return inputs(self.examples[position], wanted, self.conditioning, self.factor)
