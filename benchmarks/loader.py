@@ -3,7 +3,8 @@
 Writes a prepared folder of random numbers in the shapes of ``configs/omk_fill.py`` (1024 pixels: one record of
 [32, 128, 128] float16 for each of target, subject and control) and reads the same pairs, in turn, round after round:
 
-- with the plain ArrayRecord reader: the bytes of the three records of each pair, one after the other, nothing else
+- with the plain ArrayRecord reader: the bytes of the three records of each pair, one after the other, nothing else;
+  those of a batch are held until the next one, as for every other reader
 - with ``nabla_jax.data.loader``: decoded, compared with the manifest, in batches; by threads and by processes
 - with ``torch.utils.data.DataLoader``: the same records, decoded, in batches of the same arrays
 
@@ -84,18 +85,18 @@ def rate(batches: Iterator[Any], batch: int, warm: int, count: int) -> float:
     return batch * count / (time.perf_counter() - start)
 
 
-def plain(prepared: Prepared, batch: int) -> Iterator[int]:
+def plain(prepared: Prepared, batch: int) -> Iterator[list[bytes]]:
     """Reads the bytes of the records that batches are made of."""
     draw = pairs.sampler("all_pairs", prepared.classes)
     held = len(ROLES)
     step = 0
     while True:
-        size = 0
+        read = []
         for n in range(step * batch, (step + 1) * batch):
             pair = draw(SEED, n)
             for record in (pair.target * held, pair.target * held + 2, pair.subject * held + 1):
-                size += len(prepared.records[record])
-        yield size
+                read.append(prepared.records[record])
+        yield read
         step += 1
 
 

@@ -155,7 +155,8 @@ class RecordReader(Sequence[bytes]):
             if not path.is_file():
                 raise UserError(f"{path}: no such shard")
             try:
-                reader = array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0")
+                # Callers bring their own threads; a pool for each shard would only get in their way.
+                reader = array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
                 sound, length = reader.ok(), reader.num_records()
             except (OSError, RuntimeError, ValueError) as error:
                 raise UserError(f"{path}: corrupt or truncated shard ({_first(error)})") from error
