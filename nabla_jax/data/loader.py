@@ -338,17 +338,29 @@ def _iterate(reading: "Reading", numbers: Numbers, step: int, threads: int, work
     import grain
 
     numbers = dataclasses.replace(numbers, step=step, workers=max(workers, 1))
-    dataset = grain.MapDataset.range(_ENDLESS).map(numbers).map(reading)
     if not workers:
-        batches = dataset.batch(numbers.batch, drop_remainder=True)
+        batches = grain.MapDataset.range(_ENDLESS).map(lambda place: _assemble(reading, numbers, place))
         return iter(batches.to_iter_dataset(grain.ReadOptions(threads, threads + _AHEAD if threads else 0)))
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain hands its flags to the workers, and refuses unparsed ones
     # Batches are made last: Grain then stacks them in memory that is shared with this process.
-    serial = dataset.to_iter_dataset(grain.ReadOptions(0, 0)).batch(numbers.batch, drop_remainder=True)
-    return iter(serial.mp_prefetch(grain.MultiprocessingOptions(workers, _AHEAD)))
+    samples = grain.MapDataset.range(_ENDLESS).map(numbers).map(reading).to_iter_dataset(grain.ReadOptions(0, 0))
+    batches = samples.batch(numbers.batch, drop_remainder=True)
+    return iter(batches.mp_prefetch(grain.MultiprocessingOptions(workers, _AHEAD)))
+
+
+def _assemble(reading: "Reading", numbers: Numbers, place: int) -> Batch:
+    # Row by row: a record is copied while it is in the processor's cache, and its memory serves the next one.
+    batch: Batch = {}
+    for row in range(numbers.batch):
+        sample = reading(numbers(place * numbers.batch + row))
+        if not row:
+            batch = {name: np.empty((numbers.batch, *value.shape), value.dtype) for name, value in sample.items()}
+        for name, value in sample.items():
+            batch[name][row] = value
+    return batch
 
 
 @dataclasses.dataclass(frozen=True)
