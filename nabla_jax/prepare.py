@@ -260,7 +260,8 @@ def prepare(
         done = sum(len(s.examples) for s in shards[index::count]) - sum(len(s.examples) for s in own)
         with runs.progress(done + sum(len(s.examples) for s in own), "encode", done=done, unit="picture") as bar:
             for shard in own:
-                write_shard(folder / shard.name, _counted(shard_records(shard, work), len(work.roles), bar))
+                records = _counted(shard_records(shard, work), len(shard.examples), len(work.roles), bar)
+                write_shard(folder / shard.name, records)
         _meet("encoded", count)
         if index == 0:
             absent = [s.name for s in shards if not _is_whole(folder, s, work)]
@@ -569,10 +570,10 @@ def _ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable
         yield pending.popleft().result()
 
 
-def _counted(records: Iterable[bytes], per_picture: int, bar: Any) -> Iterator[bytes]:
-    for number, record in enumerate(records):
+def _counted(records: Iterable[bytes], count: int, per_picture: int, bar: Any) -> Iterator[bytes]:
+    for number, record in enumerate(records, 1):
         yield record
-        if (number + 1) % per_picture == 0:
+        if number % per_picture == 0 and number <= count * per_picture:  # features follow
             bar.update(1)
 
 
