@@ -75,14 +75,18 @@ def _entry(path: Path) -> dict[str, Any]:
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
 
 
-def rate(batches: Iterator[Any], batch: int, warm: int, count: int) -> float:
-    """Samples per second of ``count`` batches after ``warm`` ones, more than any of the readers has ready."""
+def rate(batches: Iterator[Any], batch: int, warm: int, count: int) -> tuple[float, float]:
+    """Samples per second, and milliseconds of this process's processor time a sample.
+
+    Of ``count`` batches after ``warm`` ones, which are more than any of the readers has ready.
+    """
     for _ in range(warm):
         next(batches)
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     for _ in range(count):
         next(batches)
-    return batch * count / (time.perf_counter() - start)
+    samples = batch * count
+    return samples / (time.perf_counter() - start), 1e3 * (time.process_time() - used) / samples
 
 
 def plain(prepared: Prepared, batch: int) -> Iterator[list[bytes]]:
@@ -167,13 +171,17 @@ def main() -> None:
         next(readers["torch DataLoader"])
         readers |= {"plain reader": plain(prepared, batch)}
         readers |= {"loader, threads": ours(threads=workers), "loader, processes": ours(workers=workers)}
-        rates: dict[str, list[float]] = {name: [] for name in readers}
+        measured: dict[str, list[tuple[float, float]]] = {name: [] for name in readers}
         for _ in range(options.rounds):
             for name, batches in readers.items():
-                rates[name].append(rate(batches, batch, 2 * workers + 4, options.batches))
+                measured[name].append(rate(batches, batch, 2 * workers + 4, options.batches))
+        rates = {name: [each for each, _ in found] for name, found in measured.items()}
         for name, found in rates.items():
-            middle = statistics.median(found)
-            print(f"{name:20} {middle:7.1f} samples/s ({min(found):.1f} to {max(found):.1f})")
+            used = statistics.median(each for _, each in measured[name])
+            print(
+                f"{name:20} {statistics.median(found):7.1f} samples/s ({min(found):.1f} to {max(found):.1f}), "
+                f"{used:.2f} ms of this process a sample"
+            )
         for name in ("loader, threads", "loader, processes"):
             for against in ("plain reader", "torch DataLoader"):
                 ratios = [a / b for a, b in zip(rates[name], rates[against], strict=True)]
