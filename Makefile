@@ -38,6 +38,7 @@ types: install
 
 bench: install
 	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.loader
 
 clean:
 	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info runs/demo data/toybirds* prepared/toybirds*

@@ -41,6 +41,13 @@ class Data:
     taxon: str = "Aves"  # inat21: only this taxon or supercategory; empty: everything
     frame_gap: float = 1.0  # clips: least seconds between two frames
     frame_rate: float = 0.0  # clips: frames per second of sequences that clips.csv gives none for; 0: unknown
+    controls: tuple[str, ...] = ()  # encoded by prepare beside conditioning.control, for runs that share a folder
+    vision: str = ""  # a DINOv2 folder; prepare then stores what look-alikes are found by
+    mode: str = "precomputed"  # or on_the_fly: pictures are encoded when they are drawn, and prepare is not needed
+    levels: tuple[str, ...] = ("0 class",)  # of train.sampler level: "STEP LEVEL[=WEIGHT] ..." from each step on
+    similarity: float = 0.5  # of train.sampler mined: the smallest cosine of a look-alike
+    threads: int = 4  # that read ahead of training
+    workers: int = 0  # processes that do so instead
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -169,6 +176,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "train.remat": ("none", "full", "save_attention", "offload"),
     "data.split": ("train", "test", "all"),
     "data.source": ("auto", "manifest", "nabirds", "inaturalist", "tfds", "inat21", "clips"),
+    "data.mode": ("precomputed", "on_the_fly"),
 }
 
 
@@ -374,7 +382,8 @@ def _parse(text: str, kind: Any, key: str, where: str) -> Any:
         except ValueError:
             raise _type_error(where, key, text, _type_name(kind)) from None
     if typing.get_origin(kind) is tuple:
-        return tuple(_parse(part, float, key, where) for part in text.strip("()[] ").split(","))
+        parts = text.strip("()[] ")
+        return tuple(_parse(part.strip(), typing.get_args(kind)[0], key, where) for part in parts.split(",") if part)
     raise _type_error(where, key, text, f"one entry at a time, --config.{key}.NAME=VALUE")
 
 
@@ -423,7 +432,8 @@ def _type_name(kind: Any) -> str:
     if isinstance(kind, type) and kind in names:
         return names[kind]
     if typing.get_origin(kind) is tuple:
-        return f"{len(typing.get_args(kind))} numbers"
+        args = typing.get_args(kind)
+        return "a list of texts" if args == (str, ...) else f"{len(args)} numbers"
     if isinstance(kind, types.GenericAlias):
         return "a table of name = folder"
     return "a section with keys"
@@ -447,15 +457,17 @@ def _check_ranges(config: Config, where: str) -> None:
     for key in positive.split():
         if not flat[key] > 0:
             raise UserError(f"{where}: {key}: found {flat[key]!r}, expected more than 0")
-    for key in (
-        "data.frame_gap",
-        "data.frame_rate",
-        "train.sample_every",
-        "train.seed",
-        "sample.seed",
-        "optim.weight_decay",
-        "extract.caption_retries",
-    ):
+    for control in config.data.controls:
+        if control not in _CHOICES["conditioning.control"]:
+            known = ", ".join(_CHOICES["conditioning.control"])
+            raise UserError(f"{where}: data.controls: found {control!r}, expected some of {known}")
+    if not -1 <= config.data.similarity <= 1:
+        raise UserError(f"{where}: data.similarity: found {config.data.similarity!r}, expected a cosine, -1 to 1")
+    if config.train.sampler == "mined" and config.data.mode != "precomputed":
+        raise UserError(f"{where}: train.sampler: mined needs stored features, expected data.mode precomputed")
+    nonnegative = "train.sample_every train.seed sample.seed optim.weight_decay extract.caption_retries"
+    nonnegative += " data.frame_gap data.frame_rate data.threads data.workers"
+    for key in nonnegative.split():
         if not flat[key] >= 0:
             raise UserError(f"{where}: {key}: found {flat[key]!r}, expected 0 or more")
     if not 0 <= config.train.ema < 1:
@@ -485,8 +497,11 @@ def check_inputs(config: Config, verb: Verb, benchmarks: Sequence[str] | None = 
     wanted: list[str] = []
     if verb in ("prepare", "train", "generate"):
         wanted += _base_problem(config)
+    if verb == "prepare" and config.data.vision and not (Path(config.data.vision) / "config.json").is_file():
+        wanted.append(f"the vision network (data.vision: found no {config.data.vision}/config.json)")
     prepared = Path(config.data.prepared) / "manifest.json"
-    if verb == "prepare" or (verb == "train" and not prepared.is_file()):
+    reads = config.data.mode == "precomputed"
+    if verb == "prepare" or (verb == "train" and not (reads and prepared.is_file())):
         wanted += _data_problem(config)
     if verb in ("generate", "evaluate"):
         wanted += _benchmark_problems(config, benchmarks)
@@ -494,7 +509,7 @@ def check_inputs(config: Config, verb: Verb, benchmarks: Sequence[str] | None = 
         missing = "; ".join(f"({i}) {text}" for i, text in enumerate(wanted, 1))
         preview = f"; to see it run now, without any of these: {config.preview}" if config.preview else ""
         raise UserError(f"{config.source or 'configuration'}: {verb} is missing {missing}{preview}")
-    if verb == "train" and not prepared.is_file():
+    if verb == "train" and reads and not prepared.is_file():
         raise UserError(
             f"data.prepared: found no {prepared}, expected the folder that prepare writes; run "
             f"python -m nabla_jax.prepare --config {config.source}"

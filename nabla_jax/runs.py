@@ -35,6 +35,8 @@ CONTINUABLE = frozenset(
         "preview",
         "base.obtain",
         "data.obtain",
+        "data.threads",
+        "data.workers",
         "train.workdir",
         "train.steps",
         "train.log_every",

@@ -7,6 +7,7 @@ initialise, compiled step, loop. The run folder ``train.workdir`` gets ``config.
 bit as if it had never stopped. A finished run is left alone.
 """
 
+import contextlib
 from collections.abc import Sequence
 
 from nabla_jax import config as configs
@@ -40,7 +41,6 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
     from nabla_jax import draws, optim, training
     from nabla_jax.checkpoints import pipeline
     from nabla_jax.checkpoints.run_state import RunState
-    from nabla_jax.data.loader import make_loader
     from nabla_jax.models import flux, lora
     from nabla_jax.parallel import mesh as meshes
 
@@ -71,9 +71,14 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
     abstract = jax.eval_shape(initial_state)
 
     # ------------------------------------------------------------------------------------------------ input
-    loader = make_loader(config.data.prepared, settings.sampler, settings.batch, settings.seed)
+    inputs = training.open_input(config)
 
-    with RunState(folder.checkpoints) as saved, runs.StopSignals() as stop, jax.set_mesh(mesh):
+    with (
+        contextlib.closing(training.run_batches(inputs)) as loader,
+        RunState(folder.checkpoints) as saved,
+        runs.StopSignals() as stop,
+        jax.set_mesh(mesh),
+    ):
         # ---------------------------------------------------------------------------- restore or initialise
         saved.check_room(abstract)
         start = saved.latest() or 0
@@ -88,7 +93,7 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
         # when the run is extended.
         extended = start < settings.steps
         metrics.keep(lambda row: row["step"] <= start and not (extended and row["step"] % settings.log_every))
-        sheet = training.SampleSheet(config, method, folder.samples, mesh)
+        sheet = training.SampleSheet(inputs, method, folder.samples, mesh)
 
         # ------------------------------------------------------------------------------------ compiled step
         train_step = training.make_step(method, optimizer, config)

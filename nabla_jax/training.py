@@ -1,8 +1,8 @@
 """The parts that ``train`` puts in order: loading, the compiled step, metrics, exports, samples."""
 
+import contextlib
 import dataclasses
-import hashlib
-import json
+import functools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,13 +19,15 @@ from nabla_jax.checkpoints import adapters as adapter_files
 from nabla_jax.checkpoints import pipeline
 from nabla_jax.config import Config, resolve_base
 from nabla_jax.data import loader as loaders
+from nabla_jax.data.pictures import captions_sha256
 from nabla_jax.errors import UserError
 from nabla_jax.images import write_image
 from nabla_jax.models import flux, layers
 from nabla_jax.models.autoencoder import AutoencoderKLConfig
 from nabla_jax.models.lora import Adapter
 from nabla_jax.parallel import mesh as meshes
-from nabla_jax.prepare import captions_of
+from nabla_jax.parallel import processes
+from nabla_jax.prepare import captions_of, load_encoders, pictures_per_call, pictures_source, stored_moments
 
 State = dict[str, Any]
 Values = dict[str, jax.Array]
@@ -54,10 +56,12 @@ def load_method(config: Config, sharding: NamedSharding) -> tuple[reposing.Metho
 
 
 def check_prepared(config: Config) -> None:
-    """Checks that ``data.prepared`` is whole and was made for this configuration and base.
+    """Checks that ``data.prepared``, if it is read, is whole and was made for this configuration and base.
 
     Raises UserError naming what differs.
     """
+    if config.data.mode != "precomputed":
+        return
     folder = Path(config.data.prepared)
     prepared = loaders.open_prepared(folder)
     made = prepared.manifest["settings"]
@@ -68,8 +72,7 @@ def check_prepared(config: Config) -> None:
     pairs.append(("data.split", made["split"], config.data.split))
     pairs.append(("moments", prepared.manifest["moments"], [2 * vae.latent_channels, side, side]))
     captions, _ = captions_of(config, [])
-    captions_sha256 = hashlib.sha256(json.dumps(captions).encode()).hexdigest()
-    pairs.append(("conditioning.prompt", made["captions"][:12], captions_sha256[:12]))
+    pairs.append(("conditioning.prompt", made["captions"][:12], captions_sha256(captions)[:12]))
     for part, sha in made["weights"].items():
         pairs.append((f"weights of {part}", sha[:12], pipeline.folder_hash(base / part, everything=True)[:12]))
     differing = [f"{what}: {there!r} there, {here!r} here" for what, there, here in pairs if there != here]
@@ -78,6 +81,43 @@ def check_prepared(config: Config) -> None:
             f"{folder}: was prepared with other settings ({'; '.join(differing)}); choose another "
             f"data.prepared or run python -m nabla_jax.prepare --config {config.source} --overwrite"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """Where a run's pairs come from: a prepared folder, or pictures and the encoder for them."""
+
+    config: Config
+    source: loaders.Source
+    encode: loaders.Encode | None = None
+
+    def batches(self, batch: int, seed: int, part: tuple[int, int] = (0, 1)) -> loaders.Loader:
+        """Batches of ``batch`` pairs, of which process i of ``part`` = (i, n) gets its share."""
+        data = self.config.data
+        return loaders.make_loader(
+            self.source, self.config.train.sampler, batch // part[1], seed, part,
+            control=self.config.conditioning.control, levels=data.levels, similarity=data.similarity,
+            threads=data.threads, workers=data.workers, encode=self.encode,
+        )  # fmt: skip
+
+
+def open_input(config: Config) -> Input:
+    """Opens what ``data.mode`` names.
+
+    With ``on_the_fly`` the autoencoder and the text encoders are loaded. Raises UserError for data that cannot be
+    read.
+    """
+    if config.data.mode == "precomputed":
+        return Input(config, loaders.open_prepared(config.data.prepared))
+    encoders = load_encoders(dataclasses.replace(config, data=dataclasses.replace(config.data, vision="")))
+    per_call = pictures_per_call(config.conditioning.size, encoders.devices)
+    encode = functools.partial(stored_moments, encoders.images, per_call=per_call)
+    return Input(config, pictures_source(config, encoders), encode)
+
+
+def run_batches(inputs: Input) -> loaders.Loader:
+    """This process's batches of a run."""
+    return inputs.batches(inputs.config.train.batch, inputs.config.train.seed, processes.part())
 
 
 def _remat(config: Config) -> flux.Remat:
@@ -239,9 +279,10 @@ class SampleSheet:
 
     ROWS = 8
 
-    def __init__(self, config: Config, method: reposing.Method, folder: Path, mesh: Mesh) -> None:
+    def __init__(self, inputs: Input, method: reposing.Method, folder: Path, mesh: Mesh) -> None:
         """Loads the autoencoder and the pairs when first asked to draw."""
-        self._config, self._method, self._folder, self._mesh = config, method, folder, mesh
+        self._inputs, self._config = inputs, inputs.config
+        self._method, self._folder, self._mesh = method, folder, mesh
         self._reposer: api.Reposer | None = None
         self._batch: dict[str, Any] = {}
 
@@ -250,11 +291,8 @@ class SampleSheet:
         count = min(self._config.sample.batch, self.ROWS)
         count = max(count // self._mesh.size, 1) * self._mesh.size
         if self._reposer is None:
-            sample = self._config.sample
-            prepared = self._config.data.prepared
-            self._batch = dict(
-                next(iter(loaders.make_loader(prepared, self._config.train.sampler, count, sample.seed)))
-            )
+            with contextlib.closing(self._inputs.batches(count, self._config.sample.seed)) as loader:
+                self._batch = dict(next(loader))
             self._reposer = self._make_reposer(base)
         scale = initial_adapter_scale(self._config)
         adapters = {name: Adapter(tree, scale) for name, tree in trees.items()}

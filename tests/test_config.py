@@ -90,6 +90,9 @@ def test_toy_changes_only_sizes_paths_and_numbers() -> None:
         ("", {"optim.betas": "0.8,0.99"}, "optim.betas", (0.8, 0.99)),
         ("", {"benchmarks.mine.v2": "data/mine"}, "benchmarks.mine.v2", "data/mine"),
         ("", {"optim.lr": "1"}, "optim.lr", 1.0),
+        ("", {"data.levels": "0 self,500 self=1 class=3"}, "data.levels", ("0 self", "500 self=1 class=3")),
+        ("", {"data.controls": "fill"}, "data.controls", ("fill",)),
+        ("", {"data.controls": ""}, "data.controls", ()),
     ],
 )
 def test_overrides(arg: str, overrides: dict[str, str], key: str, expected: object) -> None:
@@ -114,6 +117,11 @@ def test_overrides(arg: str, overrides: dict[str, str], key: str, expected: obje
         ("", {"optim.name": "sgd"}, ["optim.name", "sgd", "prodigy"]),
         ("", {"train": "3"}, ["train"]),
         ("", {"benchmarks": "data"}, ["benchmarks"]),
+        ("", {"data.controls": "fill,infrared"}, ["data.controls", "infrared", "fill"]),
+        ("", {"data.mode": "lazy"}, ["data.mode", "lazy", "on_the_fly"]),
+        ("", {"data.similarity": "60"}, ["data.similarity", "60", "cosine"]),
+        ("", {"data.workers": "-1"}, ["data.workers", "-1", "0 or more"]),
+        ("", {"data.mode": "on_the_fly", "train.sampler": "mined"}, ["train.sampler", "features", "precomputed"]),
     ],
 )
 def test_a_wrong_override_names_key_found_and_expected(arg: str, overrides: dict[str, str], words: list[str]) -> None:

@@ -1,8 +1,11 @@
 """The prepare command on small NABirds folders; a linear stand-in replaces networks that do not matter."""
 
 import hashlib
+import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,49 +16,27 @@ import jax
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 from nabla_jax import prepare as prepare_module
+from nabla_jax.checkpoints import transformers_folder
 from nabla_jax.checkpoints.pipeline import Component
-from nabla_jax.config import Conditioning, Config, from_dict
+from nabla_jax.config import Conditioning
 from nabla_jax.data import controls, read_dataset
 from nabla_jax.data.loader import make_loader, open_prepared
 from nabla_jax.errors import UserError
+from nabla_jax.metrics.preprocessing import IMAGENET_MEAN, IMAGENET_STD, ImageProcessor
 from nabla_jax.models import layers
 from nabla_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
-from nabla_jax.prepare import Encoders, compile_encoder, prepare
+from nabla_jax.models.dinov2 import Dinov2, Dinov2Config
+from nabla_jax.parallel import mesh as meshes
+from nabla_jax.parallel import processes
+from nabla_jax.prepare import compile_encoder, estimate, prepare
+from tests import stand_ins
 from tests.checkpoints.pipeline_folder import write_pipeline
 from tests.data.folders import LEAVES, file_of, write_nabirds
-
-SIZE = 32
-
-
-def config_for(root: Path, prepared: Path, **changes: object) -> Config:
-    values = {
-        "base": {"path": "unused"},
-        "data": {"root": str(root), "prepared": str(prepared), "split": changes.pop("split", "train")},
-        "conditioning": {"size": SIZE, "text_length": 4} | changes,
-        "lora": {},
-        "optim": {},
-        "train": {"workdir": "unused", "steps": 1, "batch": 1},
-    }
-    return from_dict(values)
-
-
-def pool(images: np.ndarray) -> np.ndarray:
-    """[n, 3, H, W] uint8 -> [n, 6, H/8, W/8] float32: cell means in [-1, 1], then a constant log variance."""
-    n, c, h, w = images.shape
-    means = images.reshape(n, c, h // 8, 8, w // 8, 8).astype(np.float32).mean((3, 5)) / 127.5 - 1
-    return np.concatenate([means, np.full_like(means, -8)], 1)
-
-
-def encoders(weights: str = "a", images: object = pool) -> Encoders:
-    def prompts(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        seeds = [int(hashlib.sha256(t.encode()).hexdigest()[:8], 16) for t in texts]
-        rows = np.array([np.random.default_rng(s).normal(size=14) for s in seeds], np.float32)
-        return rows[:, :12].reshape(-1, 4, 3), rows[:, 12:]
-
-    return Encoders({"vae": weights}, 3, 8, images, prompts)  # type: ignore[arg-type]
+from tests.stand_ins import SIZE, config_for, encoders, pool
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -69,8 +50,9 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "RECORDS_PER_SHARD", 3)
-    monkeypatch.setattr(prepare_module, "PIXELS_PER_CALL", 2 * 3 * SIZE * SIZE)
+    for name in ("PICTURES_PER_SHARD", "PIXELS_PER_CALL"):
+        monkeypatch.setattr(prepare_module, name, getattr(prepare_module, name))  # put back in the end
+    stand_ins.small_shards()
 
 
 def test_records_hold_the_encoded_canvases(root: Path, tmp_path: Path) -> None:
@@ -78,17 +60,22 @@ def test_records_hold_the_encoded_canvases(root: Path, tmp_path: Path) -> None:
     prepared = open_prepared(folder)
     dataset = read_dataset(root)
     assert prepared.manifest["ids"] == sorted(e.id for e in dataset.of_split("train"))
-    assert prepared.manifest["counts"] == {"pictures": 8, "classes": 4, "captions": 1, "shards": 3}
+    counts = {"pictures": 8, "classes": 4, "captions": 1, "shards": 3, "records": 24}
+    assert prepared.manifest["counts"] == counts
     for index, id in enumerate(prepared.manifest["ids"]):
-        meta, arrays = prepared.records.record(index)
         example = dataset.by_id[id]
-        assert meta == {"id": id, "class_id": example.class_id, "caption": 0, "index": index}
+        for k, role in enumerate(("target", "subject", "control_fill")):
+            meta, _ = prepared.records.record(3 * index + k)
+            made = prepared.manifest["made"]
+            here = {"id": id, "class_id": example.class_id, "caption": 0, "index": index, "role": role, "made": made}
+            assert meta == here
+        arrays = prepared.read(index, ("target", "subject", "control_fill"))
         assert example.mask is not None
         image, mask = controls.read_pair(example.image, example.mask)
         canvases = {
             "target": controls.target_canvas(image, SIZE),
             "subject": controls.subject_canvas(image, mask, SIZE),
-            "control": controls.control_canvas(controls.View(image, mask), Conditioning(SIZE)),
+            "control_fill": controls.control_canvas(controls.View(image, mask), Conditioning(SIZE)),
         }
         for role, canvas in canvases.items():
             expected = pool(canvas.pixels.transpose(2, 0, 1)[None])[0]
@@ -106,6 +93,11 @@ def test_manifest_has_a_class_index_and_training_reads_the_folder(root: Path, tm
     assert manifest["classes"]["295"]["name"] == "Blue-winged Teal (Male)"
     for c, entry in manifest["classes"].items():
         assert [manifest["class_ids"][p] for p in entry["positions"]] == [int(c)] * 4
+    teal = ["Birds", "Ducks, Geese, and Swans", "Ducks and Geese", "Blue-winged Teal", "Blue-winged Teal (Male)"]
+    assert manifest["classes"]["295"]["taxonomy"] == teal
+    for shard in manifest["shards"]:
+        data = (folder / shard["file"]).read_bytes()
+        assert (shard["bytes"], shard["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
     batch = next(make_loader(folder, "class_uniform", 4, seed=0))
     assert batch["target"].shape == (4, 6, SIZE // 8, SIZE // 8)
     assert batch["prompt_embeds"].shape == (4, 4, 3)
@@ -143,6 +135,67 @@ def test_the_order_of_the_lists_does_not_matter(root: Path, tmp_path: Path) -> N
     assert contents(prepare(config_for(root, tmp_path / "b"), encoders())) == first
 
 
+def test_several_controls_are_encoded_at_once(root: Path, tmp_path: Path) -> None:
+    alone = open_prepared(prepare(config_for(root, tmp_path / "alone"), encoders()))
+    folder = tmp_path / "both"
+    both = open_prepared(prepare(config_for(root, folder, controls=["keypoints", "depth"]), encoders()))
+    kinds = ("depth", "fill", "keypoints")
+    assert both.manifest["roles"] == ["target", "subject", *(f"control_{kind}" for kind in kinds)]
+    dataset = read_dataset(root)
+    for position, id in enumerate(both.manifest["ids"]):
+        found = both.read(position, both.manifest["roles"])
+        for role, array in alone.read(position, alone.manifest["roles"]).items():
+            np.testing.assert_array_equal(found[role], array)
+        view = controls.read_view(dataset.by_id[id], *kinds)
+        for kind in kinds:
+            canvas = controls.control_canvas(view, Conditioning(SIZE, kind))
+            stored = pool(canvas.pixels.transpose(2, 0, 1)[None])[0].astype(np.float16)
+            np.testing.assert_array_equal(found[f"control_{kind}"], stored)
+    # Whichever of them a run trains with, the folder is the same.
+    prepare(config_for(root, folder, control="depth", controls=["fill", "keypoints"]), encoders(images=refuse))
+
+
+def test_features_see_the_bird_and_not_its_surroundings(root: Path, tmp_path: Path) -> None:
+    config = config_for(root, tmp_path / "out")
+    prepared = open_prepared(prepare(config, encoders(vision=stand_ins.colours())))
+    assert (prepared.manifest["features"], prepared.manifest["counts"]["records"]) == (3, 32)
+    assert prepared.features is not None
+    found = prepared.features()
+    dataset = read_dataset(root)
+    for row, id in enumerate(prepared.manifest["ids"]):
+        example = dataset.by_id[id]
+        assert example.mask is not None
+        image, mask = controls.read_pair(example.image, example.mask)
+        # Each bird is of one colour, and the rest of the box round it is black.
+        rows, columns = np.nonzero(mask)
+        box = mask[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        covered = mask.sum() / max(box.shape) ** 2
+        np.testing.assert_allclose(found[row], covered * image[mask].mean(0), atol=4)
+    batch = next(make_loader(prepared, "mined", 8, seed=0, similarity=0.5))
+    assert (batch["subject_index"] != batch["target_index"]).all()
+    with pytest.raises(UserError, match="vision: v there, "):
+        prepare(config, encoders())
+
+
+def test_without_features_there_are_no_look_alikes(root: Path, tmp_path: Path) -> None:
+    folder = prepare(config_for(root, tmp_path / "out"), encoders())
+    with pytest.raises(UserError, match="train.sampler: mined needs features"):
+        make_loader(folder, "mined", 8, seed=0)
+
+
+def test_a_dry_run_says_what_a_run_would_write(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "none" / "out"
+    said = estimate(config_for(root, out), encoders(vision=stand_ins.colours()))
+    assert not out.parent.exists()
+    folder = prepare(config_for(root, tmp_path / "out"), encoders(vision=stand_ins.colours()))
+    manifest = open_prepared(folder).manifest
+    counts = {k: manifest["counts"][k] for k in ("pictures", "classes", "captions", "shards")}
+    assert {k: getattr(said, k) for k in counts} == counts
+    records = open_prepared(folder).records
+    assert said.bytes == pytest.approx(sum(len(records[i]) for i in range(len(records))), rel=0.02)
+    assert said.seconds > 0 and said.measured == 4 and "measured on 4 pictures" in str(said)
+
+
 # ---------------------------------------------------------------------- continuing, refusing
 
 
@@ -177,41 +230,33 @@ def test_an_interrupted_run_continues_and_keeps_whole_shards(root: Path, tmp_pat
         prepare(config, encoders(images=stops))
     assert not (tmp_path / "out" / "manifest.json").exists()
     kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("shard*")}
-    assert len(kept) == after // 2  # two calls of two pictures for a shard of three
+    assert len(kept) == after // 2  # two calls of six canvases for a shard of three pictures
     assert contents(prepare(config, encoders())) == expected
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in kept} == kept
 
 
-SLOW_RUN = """
-import sys, time
-from pathlib import Path
-from nabla_jax import prepare as module
-from tests import test_prepare as t
-module.RECORDS_PER_SHARD, module.PIXELS_PER_CALL = 3, 2 * 3 * t.SIZE**2
-def slow(images):
-    print("call", flush=True)
-    time.sleep(0.2)
-    return t.pool(images)
-module.prepare(t.config_for(Path(sys.argv[1]), Path(sys.argv[2])), t.encoders(images=slow))
-"""
-
-
-@pytest.mark.parametrize("calls", [1, 4])
-def test_kill_9_leaves_a_folder_that_ends_byte_identical(root: Path, tmp_path: Path, calls: int) -> None:
-    expected = contents(prepare(config_for(root, tmp_path / "whole"), encoders()))
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_RUN, str(root), str(tmp_path / "out")],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        cwd=Path(__file__).parent.parent, env=os.environ | {"PYTHONPATH": "."},
+def stand_in_run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tests.stand_ins", *map(str, arguments)],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent,
     )  # fmt: skip
-    assert process.stdout is not None
-    for _ in range(calls):
-        assert "call" in process.stdout.readline()
-    time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "out" / "manifest.json").exists()
-    assert contents(prepare(config_for(root, tmp_path / "out"), encoders())) == expected
+
+
+def test_kill_9_at_ten_random_moments_leaves_folders_that_end_byte_identical(root: Path, tmp_path: Path) -> None:
+    """A moment is a line of the program: also those between writing, renaming, hashing and the manifest."""
+    expected = contents(prepare(config_for(root, tmp_path / "whole"), encoders()))
+    counted = stand_in_run(root, tmp_path / "counted")
+    assert counted.returncode == 0, counted.stderr
+    assert contents(tmp_path / "counted") == expected
+    lines = int(counted.stdout.splitlines()[-1])
+    moments = np.random.default_rng(9).integers(1, lines, 10)
+    shards = set()
+    for moment in moments:
+        out = tmp_path / str(moment)
+        assert stand_in_run(root, out, moment).returncode == -signal.SIGKILL
+        shards.add(len(list(out.glob("shard*.array_record"))))
+        assert contents(prepare(config_for(root, out), encoders())) == expected
+    assert len(shards) > 1  # the moments were of different kinds
 
 
 @pytest.mark.parametrize(
@@ -317,6 +362,74 @@ class Usage:
     free = 100
 
 
+def test_check_names_a_changed_shard_and_prepare_makes_it_anew(
+    root: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(prepare(config_for(root, tmp_path / "out"), encoders()))
+    arguments = [*command(root, base, tmp_path / "out"), "--check"]
+    prepare_module.main(arguments)
+    assert "4 files are as the manifest says" in capsys.readouterr().out
+    shard = tmp_path / "out" / "shard-00002-of-00003.array_record"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 4
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match=rf"{shard.name}: corrupt: found sha256 .* delete what is named"):
+        prepare_module.main(arguments)
+    shard.unlink()
+    assert contents(prepare(config_for(root, tmp_path / "out"), encoders())) == before
+
+
+def test_a_shard_of_other_settings_is_written_again(root: Path, tmp_path: Path) -> None:
+    before = contents(prepare(config_for(root, tmp_path / "out"), encoders()))
+    foreign = prepare(config_for(root, tmp_path / "foreign"), encoders("b"))
+    shutil.copy(foreign / "shard-00001-of-00003.array_record", tmp_path / "out")
+    assert contents(prepare(config_for(root, tmp_path / "out"), encoders())) == before
+
+
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+from nabla_jax.parallel import processes
+from nabla_jax.prepare import prepare
+from tests import stand_ins
+
+processes.initialize()
+stand_ins.small_shards()
+calls = 0
+def counting(images):
+    global calls
+    calls += 1
+    return stand_ins.pool(images)
+config = stand_ins.config_for(Path(sys.argv[1]), Path(sys.argv[2]))
+prepare(config, stand_ins.encoders(images=counting), part=processes.part())
+print(calls)
+"""
+
+
+def test_two_processes_write_one_folder(root: Path, tmp_path: Path) -> None:
+    expected = contents(prepare(config_for(root, tmp_path / "whole"), encoders()))
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    settings = {processes.COORDINATOR: address, processes.COUNT: "2", "PYTHONPATH": "."}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, str(root), str(tmp_path / "out")],
+            env=os.environ | settings | {processes.INDEX: str(index)}, cwd=Path(__file__).parent.parent,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    calls = []
+    for process in running:
+        out, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        calls.append(int(out.splitlines()[-1]))
+    assert calls == [3, 2]  # shards of 3 and 2 pictures take two calls and one, a shard of 3 two
+    assert contents(tmp_path / "out").keys() - expected.keys() == {".lock-1"}
+    assert {k: v for k, v in contents(tmp_path / "out").items() if k != ".lock-1"} == expected
+
+
 # ------------------------------------------------------------------------ the real networks
 
 
@@ -331,6 +444,61 @@ def test_the_compiled_encoder_is_the_autoencoder() -> None:
     expected = jax.jit(lambda p, x: layers.bind(graphdef, p).encode(x))(params, normalised)
     assert found.shape == (2, 4, 8, 8) and found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+FOUR_DEVICES = """
+import json, jax, numpy as np
+from nabla_jax.metrics.preprocessing import IMAGENET_MEAN, IMAGENET_STD, ImageProcessor
+from nabla_jax.models import layers
+from nabla_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
+from nabla_jax.checkpoints.pipeline import Component
+from nabla_jax.parallel import mesh as meshes
+from nabla_jax.parallel import mesh as meshes
+from nabla_jax.parallel import processes
+from nabla_jax.prepare import compile_encoder
+mesh = meshes.data_mesh()
+config = AutoencoderKLConfig(block_out_channels=(4, 4), layers_per_block=1, latent_channels=2, norm_num_groups=2)
+graphdef, abstract = layers.abstract(lambda rngs: AutoencoderKL(config, rngs=rngs))
+rng = np.random.default_rng(0)
+params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype), abstract)
+images = np.random.default_rng(0).integers(0, 256, (4, 3, 16, 16), dtype=np.uint8)
+alone = compile_encoder(Component(config, graphdef, params))(images)
+shared = compile_encoder(Component(config, graphdef, jax.device_put(params, meshes.replicated(mesh))), mesh)(images)
+print(mesh.size, float(np.abs(alone - shared).max()), float(np.abs(alone).max()))
+"""
+
+
+def test_the_encoder_is_cut_over_devices() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FOUR_DEVICES], capture_output=True, text=True, check=True,
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": "."},
+    )  # fmt: skip
+    devices, difference, largest = map(float, done.stdout.split())
+    assert devices == 4 and difference < 1e-5 < largest
+
+
+def test_the_vision_folder_gives_the_published_features(tmp_path: Path) -> None:
+    """Through prepare's own loading, padding and compiled call, against transformers on the same pictures."""
+    config = Dinov2Config(16, 2, 2, 2, 28, 14)
+    graphdef, abstract = layers.abstract(lambda rngs: Dinov2(config, rngs=rngs))
+    rng = np.random.default_rng(3)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype), abstract)
+    transformers_folder.save_network(tmp_path / "vision", "dinov2", config, params)
+    processor = ImageProcessor(32, (28, 28), mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    (tmp_path / "vision" / "preprocessor_config.json").write_text(json.dumps(processor.to_json()))
+    vision = prepare_module.load_vision(tmp_path / "vision", meshes.data_mesh(jax.devices()[:1]))
+    looks = rng.integers(0, 256, (3, 40, 40, 3), dtype=np.uint8)
+    pixels = np.stack([vision.pixels(look) for look in looks])
+    published = transformers.Dinov2Model.from_pretrained(tmp_path / "vision").eval()
+    pictures = transformers.BitImageProcessorPil.from_pretrained(tmp_path / "vision")(
+        [Image.fromarray(look) for look in looks], return_tensors="pt"
+    )["pixel_values"]
+    np.testing.assert_allclose(pixels, pictures.numpy(), atol=1e-5)
+    with torch.no_grad():
+        expected = published(pictures).last_hidden_state[:, 0].numpy()
+    np.testing.assert_allclose(vision.features(pixels), expected, atol=1e-4)
+    assert vision.width == 16
 
 
 @pytest.fixture(scope="module")
@@ -358,7 +526,7 @@ def command(root: Path, base: Path, out: Path) -> list[str]:
 def test_the_command_stores_what_the_published_encoder_gives(root: Path, base: Path, tmp_path: Path) -> None:
     prepare_module.main(command(root, base, tmp_path / "out"))
     prepared = open_prepared(tmp_path / "out")
-    assert len(prepared.records) == 8
+    assert len(prepared.records) == 24
     assert set(prepared.manifest["settings"]["weights"]) == {
         "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2",
     }  # fmt: skip
@@ -370,9 +538,9 @@ def test_the_command_stores_what_the_published_encoder_gives(root: Path, base: P
     canvases = {
         "target": controls.target_canvas(image, SIZE),
         "subject": controls.subject_canvas(image, mask, SIZE),
-        "control": controls.control_canvas(controls.View(image, mask), Conditioning(SIZE)),
+        "control_fill": controls.control_canvas(controls.View(image, mask), Conditioning(SIZE)),
     }
-    _, arrays = prepared.records.record(5)
+    arrays = prepared.read(5, tuple(canvases))
     for role, canvas in canvases.items():
         pixels = torch.from_numpy(canvas.pixels.transpose(2, 0, 1)[None] / np.float32(127.5) - 1)
         with torch.no_grad():

@@ -87,6 +87,13 @@ def test_two_steps_and_two_more_are_four(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "run", fixtures.trained_run())
 
 
+def test_pictures_that_are_encoded_when_drawn_give_the_same_run(tmp_path: Path) -> None:
+    """Same draws, same losses, same adapter, bit for bit; the prepared folder is not there."""
+    train.main(arguments(tmp_path, data__mode="on_the_fly", data__prepared=str(tmp_path / "none")))
+    assert not (tmp_path / "none").exists()
+    assert_same_run(tmp_path / "run", fixtures.trained_run())
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_same_command_continues(
     signum: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

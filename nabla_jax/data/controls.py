@@ -209,23 +209,22 @@ def read_pair(image: PathLike, mask: PathLike) -> tuple[Array, Array]:
     return pixels, read_mask(mask, *pixels.shape[:2])
 
 
-def read_view(example: Example, kind: str) -> View:
-    """Everything that subject and control ``kind`` are made of.
+def read_view(example: Example, *kinds: str) -> View:
+    """Everything that the subject and the controls ``kinds`` are made of.
 
     Raises UserError for files that are absent, cannot be read or are of another size than the picture.
     """
-    require([example], kind)
+    require([example], *kinds)
     assert example.mask is not None
     image, mask = read_pair(example.image, example.mask)
-    depth, keypoints = _read_needed(example, kind, *image.shape[:2])
+    depth, keypoints = _read_needed(example, kinds, *image.shape[:2])
     return View(image, mask, depth, keypoints)
 
 
-def require(examples: Sequence[Example], kind: str) -> None:
-    """Raises one UserError if examples lack their mask or what the control ``kind`` is made of; opens no file."""
-    needs = find_control(kind).needs
+def require(examples: Sequence[Example], *kinds: str) -> None:
+    """Raises one UserError if examples lack their mask or what the controls ``kinds`` are made of; opens no file."""
     expected = {"mask": "a PNG for each", "depth": "a PNG for each", "keypoints": "parts/part_locs.txt to list them"}
-    for field in ("mask",) if needs is None else ("mask", needs):
+    for field in ("mask", *_needs(kinds)):
         absent = [example for example in examples if getattr(example, field) is None]
         if absent:
             raise UserError(
@@ -235,7 +234,7 @@ def require(examples: Sequence[Example], kind: str) -> None:
             )
 
 
-def check(example: Example, kind: str) -> str:
+def check(example: Example, *kinds: str) -> str:
     """Checks the files of an example that ``require`` let pass, opening the picture's header only.
 
     Returns hashes of all that its records depend on. Raises UserError like ``read_view``.
@@ -244,8 +243,8 @@ def check(example: Example, kind: str) -> str:
     size = picture_size(example.image)
     read_mask(example.mask, *size)
     hashes = [file_sha256(example.image), file_sha256(example.mask)]
-    _, keypoints = _read_needed(example, kind, *size)
-    if find_control(kind).needs == "depth":
+    depth, keypoints = _read_needed(example, kinds, *size)
+    if depth is not None:
         assert example.depth is not None
         hashes.append(file_sha256(example.depth))
     if keypoints is not None:
@@ -253,13 +252,18 @@ def check(example: Example, kind: str) -> str:
     return " ".join(hashes)
 
 
-def _read_needed(example: Example, kind: str, height: int, width: int) -> tuple[Array | None, Array | None]:
-    needs = find_control(kind).needs
+def _needs(kinds: Sequence[str]) -> tuple[str, ...]:
+    """The fields of an example that the controls need beside its mask, each once."""
+    return tuple(dict.fromkeys(needs for kind in kinds if (needs := find_control(kind).needs) is not None))
+
+
+def _read_needed(example: Example, kinds: Sequence[str], height: int, width: int) -> tuple[Array | None, Array | None]:
+    needs = _needs(kinds)
     depth = keypoints = None
-    if needs == "depth":
+    if "depth" in needs:
         assert example.depth is not None
         depth = read_depth(example.depth, height, width)
-    if needs == "keypoints":
+    if "keypoints" in needs:
         assert example.keypoints is not None
         keypoints = example.keypoints
         check_keypoints(keypoints, height, width, str(example.image))

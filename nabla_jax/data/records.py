@@ -1,8 +1,9 @@
 """Records of named arrays, and ArrayRecord shards of them with random access.
 
-A record is flat bytes: an 8-byte magic, the length of the JSON header and a CRC-32 of that length and of all
-that follows (two little-endian uint32), the header padded with spaces to a multiple of 64 bytes, then each
-array's raw little-endian values at an offset that is a multiple of 64. Decoding copies nothing.
+A record is flat bytes: an 8-byte magic; the length of the JSON header, a CRC-32 of that length and of the header, and
+a CRC-32 of all that follows the header (three little-endian uint32); the header, padded with spaces so that it ends at
+a multiple of 64 bytes; then each array's raw little-endian values at an offset that is a multiple of 64. Decoding
+copies nothing.
 """
 
 import bisect
@@ -21,9 +22,9 @@ from nabla_jax.errors import UserError
 
 Array = np.ndarray[Any, Any]
 
-MAGIC = b"NBLAREC\x01"
+MAGIC = b"NBLAREC\x02"
 OPTIONS = "group_size:1,uncompressed"  # one record a chunk: a random read touches nothing else
-_PREFIX = struct.Struct("<8sII")
+_PREFIX = struct.Struct("<8sIII")
 _ALIGNMENT = 64
 
 
@@ -35,8 +36,8 @@ def _aligned(n: int) -> int:
     return -(-n // _ALIGNMENT) * _ALIGNMENT
 
 
-def _checksum(header_length: int, body: bytes | memoryview) -> int:
-    return zlib.crc32(body, zlib.crc32(header_length.to_bytes(4, "little")))
+def _header_checksum(header: bytes | memoryview) -> int:
+    return zlib.crc32(header, zlib.crc32(len(header).to_bytes(4, "little")))
 
 
 def encode_record(meta: Mapping[str, Any], arrays: Mapping[str, Array]) -> bytes:
@@ -55,23 +56,26 @@ def encode_record(meta: Mapping[str, Any], arrays: Mapping[str, Array]) -> bytes
         payload += bytes(_aligned(len(payload)) - len(payload))
     text = json.dumps({"meta": dict(meta), "arrays": entries}, separators=(",", ":"), ensure_ascii=False).encode()
     header = text.ljust(_aligned(_PREFIX.size + len(text)) - _PREFIX.size)
-    body = header + bytes(payload)
-    return _PREFIX.pack(MAGIC, len(header), _checksum(len(header), body)) + body
+    return _PREFIX.pack(MAGIC, len(header), _header_checksum(header), zlib.crc32(payload)) + header + payload
 
 
-def decode_record(data: bytes) -> tuple[dict[str, Any], dict[str, Array]]:
+def decode_record(data: bytes, *, payload: bool = True) -> tuple[dict[str, Any], dict[str, Array]]:
     """The inverse of ``encode_record``; arrays are read-only views of ``data``.
+
+    ``payload`` false leaves out the checksum of the arrays, for bytes that were verified on the way.
 
     Raises RecordError when the bytes are cut, changed, or something else.
     """
     if len(data) < _PREFIX.size:
         raise RecordError(f"{len(data)} bytes are no record")
-    magic, length, checksum = _PREFIX.unpack_from(data)
+    magic, length, header_checksum, payload_checksum = _PREFIX.unpack_from(data)
     if magic != MAGIC:
         raise RecordError(f"found the magic {magic!r}, expected {MAGIC!r}")
-    if _checksum(length, memoryview(data)[_PREFIX.size :]) != checksum:
+    view, start = memoryview(data), _PREFIX.size + length
+    if _header_checksum(view[_PREFIX.size : start]) != header_checksum:
+        raise RecordError("the header's checksum does not match")
+    if payload and zlib.crc32(view[start:]) != payload_checksum:
         raise RecordError("the checksum does not match")
-    start = _PREFIX.size + length
     header = json.loads(data[_PREFIX.size : start])
     arrays = {}
     for name, entry in header["arrays"].items():
@@ -151,7 +155,8 @@ class RecordReader(Sequence[bytes]):
             if not path.is_file():
                 raise UserError(f"{path}: no such shard")
             try:
-                reader = array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0")
+                # Callers bring their own threads; a pool for each shard would only get in their way.
+                reader = array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
                 sound, length = reader.ok(), reader.num_records()
             except (OSError, RuntimeError, ValueError) as error:
                 raise UserError(f"{path}: corrupt or truncated shard ({_first(error)})") from error
@@ -185,10 +190,16 @@ class RecordReader(Sequence[bytes]):
         """Record ``index``, decoded. Raises UserError naming the shard when it is damaged."""
         data = self[index]
         try:
-            return decode_record(data)
+            # A shard is chunks of one record with a hash of each, which reading has just compared.
+            return decode_record(data, payload=False)
         except RecordError as error:
             shard, position = self.locate(index)
             raise UserError(f"{self.paths[shard]}: corrupt shard: record {position}: {error}") from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Worker processes open the files themselves.
+        ends = [0, *self._ends]
+        return type(self), (self.paths, [after - before for before, after in itertools.pairwise(ends)])
 
     def close(self) -> None:
         """Closes the files."""

@@ -107,15 +107,17 @@ class Folder:
 def needed(config: Config) -> tuple[What, ...]:
     """What ``config`` conditions on."""
     found: list[What] = ["masks"]
-    if config.conditioning.control == "depth":
+    if "depth" in (config.conditioning.control, *config.data.controls):
         found.append("depth")
     if config.conditioning.caption == "background":
         found.append("captions")
     return tuple(found)
 
 
-def complete(config: Config, root: str | os.PathLike[str]) -> None:
+def complete(config: Config, root: str | os.PathLike[str], shard: Shard | None = None) -> None:
     """Makes what ``config`` needs and a dataset folder lacks, where the checkpoints for it are there.
+
+    ``shard`` is this process's part; the whole by default.
 
     Without the checkpoints nothing is done: whoever needs the files names those that are missing.
     """
@@ -123,7 +125,7 @@ def complete(config: Config, root: str | os.PathLike[str]) -> None:
     for what in needed(config):
         chosen = [Path(getattr(config.extract, name)) / "config.json" for name in CHECKPOINTS[what]]
         if folder.missing(what) and chosen[0].is_file():
-            extract(folder, what, config.extract)
+            extract(folder, what, config.extract, shard)
 
 
 def extract(

@@ -42,6 +42,11 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def part() -> tuple[int, int]:
+    """(this process's number, how many there are)."""
+    return jax.process_index(), jax.process_count()
+
+
 def own_share(items: Sequence[Item], index: int | None = None, count: int | None = None) -> Sequence[Item]:
     """Every `count`-th item from `index` on; by default this process's share.
 

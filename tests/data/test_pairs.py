@@ -11,6 +11,17 @@ from nabla_jax.errors import UserError
 from tests.data.folders import file_of, id_of, write_inat, write_nabirds
 
 CLASSES = {3: (0, 5, 9), 4: (1, 2), 8: (3,), 11: (4, 6, 7, 8, 10, 11)}
+# 3 and 4 are plumages of one species, 8 another species of their family, 11 of another family of their order.
+TAXONOMY = {
+    3: ("Birds", "Ducks", "Dabbling", "Teal", "Teal (Male)"),
+    4: ("Birds", "Ducks", "Dabbling", "Teal", "Teal (Female)"),
+    8: ("Birds", "Ducks", "Dabbling", "Mallard"),
+    11: ("Birds", "Ducks", "Diving", "Scaup"),
+}
+FEATURES = np.random.default_rng(5).normal(size=(12, 8))
+FLOOR = 0.1
+MIX = "0 self=1 class=2 species=1 family=3 order=2"
+OPTIONS = pairs.Options(taxonomy=TAXONOMY, levels=(MIX,), features=lambda: FEATURES, similarity=FLOOR)
 
 
 @pytest.fixture
@@ -93,8 +104,42 @@ def test_one_species_cannot_be_shuffled(nabirds: Path) -> None:
 # ----------------------------------------------------------------------------------- samplers
 
 
+def image_uniform(groups: list[tuple[int, ...]]) -> Counter[tuple[int, int]]:
+    """Target uniform over pictures with a partner, subject uniform over the rest of its group, by enumeration."""
+    usable = [g for g in groups if len(g) > 1]
+    images = sum(map(len, usable))
+    return Counter({p: 1 / images / (len(g) - 1) for g in usable for p in itertools.permutations(g, 2)})
+
+
+def alike() -> dict[int, list[int]]:
+    """Target -> its look-alikes, by plain cosines."""
+    unit = FEATURES / np.linalg.norm(FEATURES, axis=1, keepdims=True)
+    cosines = unit @ unit.T
+    assert np.abs(cosines - FLOOR).min() > 1e-3  # no pair hangs on a rounding
+    members = {i: c for c in CLASSES.values() for i in c}
+    found = {t: [s for s in members[t] if s != t and cosines[s, t] >= FLOOR] for t in members}
+    return {t: subjects for t, subjects in found.items() if subjects}
+
+
 def expected(name: str) -> dict[tuple[int, int], float]:
     """Probability of each (subject, target) by enumeration."""
+    if name == "level":
+        groups = {
+            "self": [],
+            "class": list(CLASSES.values()),
+            "species": [CLASSES[3] + CLASSES[4], CLASSES[8], CLASSES[11]],
+            "family": [CLASSES[3] + CLASSES[4] + CLASSES[8], CLASSES[11]],
+            "order": [sum(CLASSES.values(), ())],
+        }
+        weights = {"self": 1, "class": 2, "species": 1, "family": 3, "order": 2}
+        mixed = Counter({(i, i): weights["self"] / 12 for i in range(12)})
+        for level, parts in groups.items():
+            for pair, p in image_uniform(parts).items() if parts else ():
+                mixed[pair] += weights[level] * p
+        return {pair: p / 9 for pair, p in mixed.items()}
+    if name == "mined":
+        partners = alike()
+        return {(s, t): 1 / len(partners) / len(found) for t, found in partners.items() for s in found}
     ordered = {c: list(itertools.permutations(members, 2)) for c, members in CLASSES.items()}
     total = sum(len(p) for p in ordered.values())
     usable = [c for c in CLASSES if len(CLASSES[c]) > 1]
@@ -111,7 +156,7 @@ def expected(name: str) -> dict[tuple[int, int], float]:
 def test_distribution_is_the_closed_form(name: str) -> None:
     probabilities = expected(name)
     assert sum(probabilities.values()) == pytest.approx(1)
-    draw = pairs.sampler(name, CLASSES)
+    draw = pairs.sampler(name, CLASSES, OPTIONS)
     n = 8_000
     counts = Counter((d.subject, d.target) for d in (draw(7, i) for i in range(n)))
     assert set(counts) == set(probabilities)
@@ -121,10 +166,111 @@ def test_distribution_is_the_closed_form(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(pairs.SAMPLERS))
 def test_a_sample_depends_on_seed_and_number_alone(name: str) -> None:
-    forward = [pairs.sampler(name, CLASSES)(3, i) for i in range(50)]
-    shuffled = {i: pairs.sampler(name, dict(reversed(CLASSES.items())))(3, i) for i in reversed(range(50))}
+    forward = [pairs.sampler(name, CLASSES, OPTIONS)(3, i) for i in range(50)]
+    backward = pairs.sampler(name, dict(reversed(CLASSES.items())), OPTIONS)
+    shuffled = {i: backward(3, i) for i in reversed(range(50))}
     assert forward == [shuffled[i] for i in range(50)]
-    assert forward != [pairs.sampler(name, CLASSES)(4, i) for i in range(50)]
+    assert forward != [pairs.sampler(name, CLASSES, OPTIONS)(4, i) for i in range(50)]
+
+
+def test_streams_of_earlier_versions_are_unchanged() -> None:
+    """Runs that are continued, and published numbers, hang on them."""
+    streams = {
+        "all_pairs": [(11, 4), (11, 4), (8, 11), (0, 9), (1, 2), (8, 7), (7, 8), (6, 4)],
+        "class_uniform": [(8, 7), (6, 7), (11, 8), (5, 0), (5, 0), (1, 2), (2, 1), (2, 1)],
+        "image_uniform": [(7, 10), (6, 10), (11, 8), (5, 0), (0, 5), (6, 7), (11, 4), (2, 1)],
+    }
+    for name, known in streams.items():
+        draw = pairs.sampler(name, CLASSES)
+        assert [(d.subject, d.target) for d in (draw(42, i) for i in range(8))] == known
+
+
+def finest(subject: int, target: int) -> str:
+    """The finest level that two pictures share."""
+    own, other = (next(c for c in CLASSES if i in CLASSES[c]) for i in (subject, target))
+    if subject == target:
+        return "self"
+    if own == other:
+        return "class"
+    if {own, other} == {3, 4}:
+        return "species"
+    return "order" if 11 in (own, other) else "family"
+
+
+@pytest.mark.parametrize("name", list(pairs.SAMPLERS))
+def test_a_draw_says_what_its_pictures_share(name: str) -> None:
+    draw = pairs.sampler(name, CLASSES, OPTIONS)
+    draws = [draw(1, i) for i in range(400)]
+    assert [d.level for d in draws] == [finest(d.subject, d.target) for d in draws]
+    assert {d.level for d in draws} == (set(pairs.LEVELS) if name == "level" else {"class"})
+
+
+def test_the_schedule_of_levels_goes_by_steps() -> None:
+    options = pairs.Options(taxonomy=TAXONOMY, levels=("0 self", "10 species", "30 class"), batch=4)
+    draw = pairs.sampler("level", CLASSES, options)
+    levels = [draw(0, n).level for n in range(200)]
+    assert set(levels[:40]) == {"self"}
+    assert set(levels[40:120]) == {"class", "species"}
+    assert set(levels[120:]) == {"class"}
+
+
+def test_classes_at_uneven_depths_have_the_levels_they_have() -> None:
+    shallow = dict(TAXONOMY) | {11: ("Birds", "Scaup")}
+    ok = pairs.sampler("level", CLASSES, pairs.Options(taxonomy=shallow, levels=("0 species",)))
+    assert {ok(0, i).level for i in range(100)} == {"class", "species"}
+    with pytest.raises(UserError, match=r"data.levels: family: class 11 has none \(found Birds > Scaup\)"):
+        pairs.sampler("level", CLASSES, pairs.Options(taxonomy=shallow, levels=("0 family",)))
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [(), ("class",), ("5 class",), ("0 class", "0 self"), ("0 genus",), ("0 class=-1",), ("0 class=x",), ("0",),
+     ("0 class=0",), ("0 class class",), ("",)],
+)  # fmt: skip
+def test_malformed_schedules_are_refused(levels: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match="data.levels: "):
+        pairs.sampler("level", CLASSES, pairs.Options(taxonomy=TAXONOMY, levels=levels))
+
+
+def test_look_alikes_need_features_and_a_floor_they_reach() -> None:
+    with pytest.raises(UserError, match="train.sampler: mined needs features"):
+        pairs.sampler("mined", CLASSES)
+    with pytest.raises(UserError, match=r"data.similarity: found no two pictures"):
+        pairs.sampler("mined", CLASSES, pairs.Options(features=lambda: FEATURES, similarity=0.999))
+    with pytest.raises(UserError, match="features: found a picture whose features are zero"):
+        pairs.sampler("mined", CLASSES, pairs.Options(features=lambda: FEATURES * 0))
+
+
+def test_similarities_are_exact_in_any_order_of_summation() -> None:
+    """So that the pictures with a look-alike, found in blocks, are those that a draw finds it for."""
+    rng = np.random.default_rng(0)
+    grid = pairs.unit_grid(rng.normal(size=(64, 768)) + 3 * rng.normal(size=768)).astype(np.float32)
+    exact = grid.astype(np.float64) @ grid.astype(np.float64).T
+    order = rng.permutation(768)
+    np.testing.assert_array_equal(grid @ grid.T, exact)
+    np.testing.assert_array_equal(grid[:, order] @ grid[:, order].T, exact)
+    np.testing.assert_array_equal(np.cumsum(grid[0] * grid[1], dtype=np.float32)[-1], exact[0, 1])
+    np.testing.assert_allclose(np.diag(exact), 1, atol=2e-3)
+
+
+def test_a_large_class_is_mined_without_a_square_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tracemalloc
+
+    count = 6000
+    features = np.random.default_rng(1).normal(size=(count, 16)).astype(np.float32)
+    options = pairs.Options(features=lambda: features, similarity=0.9)
+    tracemalloc.start()
+    draw = pairs.sampler("mined", {0: range(count)}, options)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < count * count * 4 / 4  # a square of float32 would be 144 MB
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    assert all(unit[d.subject] @ unit[d.target] > 0.899 for d in (draw(0, i) for i in range(50)))
+
+
+def test_the_paper_s_number_of_pairs_is_counted_without_them() -> None:
+    assert pairs.count_pairs(CLASSES) == 6 + 2 + 30
+    assert pairs.count_pairs({c: range(1000) for c in range(1000)}) == 1000 * 1000 * 999
 
 
 def test_draws_of_a_stream_are_independent() -> None:

@@ -1,0 +1,99 @@
+"""From a dataset's pictures to what the frozen encoders take: one function for ``prepare`` and for training without it.
+
+A role is what a picture is encoded as: ``target``, ``subject``, and ``control_KIND`` for each control.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nabla_jax.config import Conditioning
+from nabla_jax.data import controls
+from nabla_jax.data.dataset import Dataset, Example, class_index
+
+Array = np.ndarray[Any, Any]
+
+CONTROL = "control_"
+
+
+def roles(kinds: Sequence[str]) -> tuple[str, ...]:
+    """The roles that are encoded for the controls ``kinds``, in the order of their records."""
+    return ("target", "subject", *(CONTROL + kind for kind in kinds))
+
+
+def inputs(example: Example, wanted: Sequence[str], conditioning: Conditioning, factor: int) -> dict[str, Array]:
+    """An example on the model's canvas: each role of ``wanted`` [3, size, size] uint8.
+
+    With the target comes ``mask`` [size / factor, size / factor] uint8, the foreground coverage of each latent.
+    Raises UserError naming the file that cannot be used.
+    """
+    view = controls.read_view(example, *(role.removeprefix(CONTROL) for role in wanted if role.startswith(CONTROL)))
+    size = conditioning.size
+    found: dict[str, Array] = {}
+    for role in wanted:
+        if role == "target":
+            canvas = controls.target_canvas(view.image, size)
+            found["mask"] = controls.latent_mask(view.mask, size, factor)
+        elif role == "subject":
+            canvas = controls.subject_canvas(view.image, view.mask, size)
+        else:
+            kind = role.removeprefix(CONTROL)
+            canvas = controls.control_canvas(view, dataclasses.replace(conditioning, control=kind))
+        found[role] = np.ascontiguousarray(canvas.pixels.transpose(2, 0, 1))
+    return found
+
+
+def look(example: Example, size: int) -> Array:
+    """What look-alikes are found by: the box round the bird, all else black, [size, size, 3] uint8."""
+    assert example.mask is not None
+    image, mask = controls.read_pair(example.image, example.mask)
+    placement = controls.subject_canvas(image, mask, size).placement
+    return placement.apply(np.where(mask[:, :, None], image, np.uint8(0)), 0, "lanczos")
+
+
+def ordered(dataset: Dataset, split: str) -> tuple[Example, ...]:
+    """The examples of a split by id: position i of every stream is the i-th of them."""
+    return tuple(sorted(dataset.of_split(split), key=lambda e: e.id))
+
+
+def captions_sha256(captions: Sequence[str]) -> str:
+    """What identifies a list of distinct captions."""
+    return hashlib.sha256(json.dumps(list(captions)).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Examples as a source of training pairs; the twin of a prepared folder that holds pixels, not latents.
+
+    ``captions`` holds each example's row in ``prompt_embeds`` [captions, T, d] and ``pooled`` [captions, p].
+    """
+
+    examples: tuple[Example, ...]
+    captions: tuple[int, ...]
+    prompt_embeds: Array = dataclasses.field(repr=False)
+    pooled: Array = dataclasses.field(repr=False)
+    conditioning: Conditioning
+    factor: int
+
+    @property
+    def classes(self) -> dict[int, tuple[int, ...]]:
+        """Class id -> positions."""
+        return class_index(e.class_id for e in self.examples)
+
+    @property
+    def taxonomy(self) -> Mapping[int, tuple[str, ...]]:
+        """Class id -> names from the root to the leaf."""
+        return {e.class_id: e.taxonomy for e in self.examples}
+
+    @property
+    def features(self) -> None:
+        """Pictures have none; see ``loader.Prepared``."""
+        return
+
+    def read(self, position: int, wanted: Sequence[str]) -> dict[str, Array]:
+        """The roles ``wanted`` of a picture, and ``mask`` with the target; see ``inputs``."""
+        return inputs(self.examples[position], wanted, self.conditioning, self.factor)
