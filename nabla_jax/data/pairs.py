@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from nabla_jax.data import inaturalist, nabirds
+from nabla_jax.data import clips, inaturalist, manifest, nabirds
 from nabla_jax.data import taxonomy as tax
 from nabla_jax.data.dataset import Dataset, Example
 from nabla_jax.errors import UserError
@@ -45,7 +45,8 @@ class Pair:
 def benchmark_pairs(root: str | os.PathLike[str], dataset: Dataset | None = None) -> list[Pair]:
     """The pair list of a dataset folder, each row in both directions, in the list's order.
 
-    Repeated rows are kept, since published numbers count them; ``duplicate_rows`` counts them and a line is
+    An iNaturalist folder has a list of its own, any other ``pairs.csv``: image_1,image_2 and, for NABirds, class_id.
+    Clips need none: without one, frames of one clip are paired, see ``clips.frame_pairs``. Repeated rows are kept, since published numbers count them; ``duplicate_rows`` counts them and a line is
     logged. ``dataset`` saves reading the folder again.
 
     Raises UserError naming file and line for a malformed row or a picture that is not in the folder.
@@ -55,7 +56,7 @@ def benchmark_pairs(root: str | os.PathLike[str], dataset: Dataset | None = None
     root = Path(root)
     dataset = read_dataset(root) if dataset is None else dataset
     pairs = []
-    for number, first, second in _nabirds_rows(root, dataset) if nabirds.is_layout(root) else _inat_rows(root):
+    for number, first, second in _rows(root, dataset):
         class_id = dataset.by_id[second].class_id
         pairs += [
             Pair(f"{number}_1in2", first, second, class_id),
@@ -73,15 +74,25 @@ def duplicate_rows(pairs: Sequence[Pair]) -> int:
     return sum(count - 1 for count in forward.values())
 
 
-def _nabirds_rows(root: Path, dataset: Dataset) -> list[tuple[int, str, str]]:
+def _rows(root: Path, dataset: Dataset) -> list[tuple[int, str, str]]:
+    """(row number, id of image_1, id of image_2) of every row."""
+    if inaturalist.is_layout(root) and not (nabirds.is_layout(root) or manifest.is_layout(root)):
+        return _inat_rows(root)
+    if clips.is_layout(root) and not (root / "pairs.csv").is_file():
+        return [(number, first, second) for number, (first, second) in enumerate(clips.frame_pairs(dataset))]
+    return _listed_rows(root, dataset)
+
+
+def _listed_rows(root: Path, dataset: Dataset) -> list[tuple[int, str, str]]:
     path = root / "pairs.csv"
+    columns = ("class_id", "image_1", "image_2") if nabirds.is_layout(root) else ("image_1", "image_2")
     if not path.is_file():
-        raise UserError(f"{path}: no such file, expected a list of pairs with columns class_id,image_1,image_2")
+        raise UserError(f"{path}: no such file, expected a list of pairs with columns {','.join(columns)}")
     numbered = list(nabirds.lines(path))
     by_file = {e.image.relative_to(root).as_posix(): e for e in dataset.examples}
     reader = csv.reader(text for _, text in numbered)
     header = [name.strip() for name in next(reader, [])]
-    missing = [name for name in ("class_id", "image_1", "image_2") if name not in header]
+    missing = [name for name in columns if name not in header]
     if missing:
         raise UserError(f"{path}:1: missing column {', '.join(missing)}")
     found = []
@@ -95,9 +106,10 @@ def _nabirds_rows(root: Path, dataset: Dataset) -> list[tuple[int, str, str]]:
             # Lists write ./images/0295/…; PurePosixPath drops the leading dot.
             example = by_file.get(PurePosixPath(values[column].strip()).as_posix())
             if example is None:
-                raise UserError(f"{where}: {column}: {values[column]} is not in images.txt")
-            if not values["class_id"].strip().isdigit() or int(values["class_id"]) != example.class_id:
-                raise UserError(f"{where}: class_id {values['class_id']}, but {column} is of class {example.class_id}")
+                raise UserError(f"{where}: {column}: {values[column]} is not in the lists of {root}")
+            stated = values.get("class_id", str(example.class_id)).strip()
+            if not stated.isdigit() or int(stated) != example.class_id:
+                raise UserError(f"{where}: class_id {stated}, but {column} is of class {example.class_id}")
             sides.append(example.id)
         if sides[0] == sides[1]:
             raise UserError(f"{where}: image_1 and image_2 are one picture, expected two")

@@ -371,6 +371,13 @@ def test_the_list_of_clips_joins_individuals(tmp_path: Path) -> None:
         assert dataset.examples[pair.subject].individual == dataset.examples[pair.target].individual
     found = clips.frame_pairs(dataset)
     assert len(found) == 3 + 1 and len({id for pair in found for id in pair}) == 8
+    # As a benchmark: those pairs in both directions, unless a list names others.
+    both = [(first, second) for pair in found for first, second in (pair, pair[::-1])]
+    assert [(p.subject_id, p.target_id) for p in pairs.benchmark_pairs(tmp_path, dataset)] == both
+    names = [dataset.by_id[id].image.relative_to(tmp_path) for id in found[0]]
+    (tmp_path / "pairs.csv").write_text(f"image_1,image_2\n{names[0]},{names[1]}\n")
+    assert [(p.subject_id, p.target_id) for p in pairs.benchmark_pairs(tmp_path, dataset)] == both[:2]
+    (tmp_path / "pairs.csv").unlink()
     (tmp_path / "clips.csv").write_text("clip,frames_per_second\none,0\nnone,1\n")
     problems = Problems()
     scan_dataset(tmp_path, problems)

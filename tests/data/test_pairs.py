@@ -61,7 +61,7 @@ def test_inat_pairs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (".JPG", ".jpg", r"pairs.csv:2: image_1: .* is not in images.txt"),
+        (".JPG", ".jpg", r"pairs.csv:2: image_1: .* is not in the lists"),
         ("0817", "0816", r"pairs.csv:2: class_id 0816, but image_1 is of class 817"),
         ("class_id,", "class,", r"pairs.csv:1: missing column class_id"),
         (f"./images/{file_of(817, 1)}", f"./images/{file_of(817, 0)}", r"pairs.csv:2: .* are one picture"),
