@@ -13,7 +13,7 @@ from nabla_jax import config as configs
 from nabla_jax.checkpoints.adapters import AdapterMetadata, read_metadata
 from nabla_jax.conditioning.geometry import Placement
 from nabla_jax.config import Conditioning
-from nabla_jax.data import controls, read_dataset, skeleton
+from nabla_jax.data import controls, pictures, read_dataset, skeleton
 from nabla_jax.errors import UserError
 from tests.fixtures import SIZE, prepared_root, write_config
 from tests.test_api import untuned
@@ -117,7 +117,8 @@ def test_records_hold_the_control(control: str) -> None:
     dataset = read_dataset(prepared_root() / "world" / "nabirds")
     for example in dataset.examples[:5]:
         conditioning = Conditioning(SIZE, control, dot=3, line=1)
-        found = prepare.inputs(example, conditioning, 8)["control"].transpose(1, 2, 0)
+        role = f"control_{control}"
+        found = pictures.inputs(example, [role], conditioning, 8)[role].transpose(1, 2, 0)
         image = controls.read_image(example.image)
         height, width = image.shape[:2]
         drawn = (

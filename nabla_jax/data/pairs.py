@@ -46,8 +46,9 @@ def benchmark_pairs(root: str | os.PathLike[str], dataset: Dataset | None = None
     """The pair list of a dataset folder, each row in both directions, in the list's order.
 
     An iNaturalist folder has a list of its own, any other ``pairs.csv``: image_1,image_2 and, for NABirds, class_id.
-    Clips need none: without one, frames of one clip are paired, see ``clips.frame_pairs``. Repeated rows are kept, since published numbers count them; ``duplicate_rows`` counts them and a line is
-    logged. ``dataset`` saves reading the folder again.
+    Clips need none: without one, frames of one clip are paired, see ``clips.frame_pairs``. Repeated rows are kept,
+    since published numbers count them; ``duplicate_rows`` counts them and a line is logged. ``dataset`` saves reading
+    the folder again.
 
     Raises UserError naming file and line for a malformed row or a picture that is not in the folder.
     """
