@@ -221,9 +221,9 @@ def main() -> None:
                 print(f"| {name} | {what} | {found.mean:.4f} ({found.low:.4f} to {found.high:.4f}) |", flush=True)
         strengths = " | ".join(map(str, STRENGTHS))
         print(f"\n| LPIPS | {strengths} | all in order | steps in order | pictures |\n|---|" + "---|" * 7)
-        for kind, found in orderings(world, perceptual_distance(options.lpips)).items():
-            means = " | ".join(f"{m:.3f}" for m in found.means)
-            print(f"| {kind} | {means} | {found.pictures:.3f} | {found.steps:.3f} | {found.n} |", flush=True)
+        for kind, order in orderings(world, perceptual_distance(options.lpips)).items():
+            means = " | ".join(f"{m:.3f}" for m in order.means)
+            print(f"| {kind} | {means} | {order.pictures:.3f} | {order.steps:.3f} | {order.n} |", flush=True)
 
 
 if __name__ == "__main__":
