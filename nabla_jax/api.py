@@ -20,7 +20,7 @@ from nabla_jax import assets, draws, flow, reposing, runs
 from nabla_jax.checkpoints import adapters as adapter_files
 from nabla_jax.checkpoints import pipeline
 from nabla_jax.conditioning.geometry import Placement
-from nabla_jax.conditioning.text import encode_prompts
+from nabla_jax.conditioning.text import PromptEncoder, load_text_stack, make_prompt_encoder
 from nabla_jax.config import Conditioning, Sample
 from nabla_jax.data import controls
 from nabla_jax.errors import UserError
@@ -44,6 +44,7 @@ class Job:
       subject_mask, target_mask: [H, W] bool, of the size of their picture.
       target_depth: [H, W] uint8, near is bright; only control depth needs it.
       target_keypoints: [parts, 3] int (row, column, visible); only control keypoints needs it.
+      target_caption: only caption policy background needs it.
     """
 
     key: str
@@ -53,6 +54,7 @@ class Job:
     target_mask: Array
     target_depth: Array | None = None
     target_keypoints: Array | None = None
+    target_caption: str | None = None
 
     @property
     def target_view(self) -> controls.View:
@@ -71,7 +73,7 @@ class Reposer:
     adapters: reposing.Adapters
     vae: pipeline.Component
     schedule: dict[str, Any]
-    text: tuple[Array, Array]
+    text: tuple[Array, Array] | PromptEncoder  # of the one prompt, or for the captions of background
     mesh: Mesh
     base_path: Path
     base_sha256: str
@@ -92,6 +94,7 @@ class Reposer:
         *,
         target_depth: Picture | None = None,
         target_keypoints: Array | str | os.PathLike[str] | None = None,
+        target_caption: str | None = None,
         seed: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
@@ -105,6 +108,7 @@ class Reposer:
           target_depth: grey picture of the target's size, near is bright; for adapters with control depth.
           target_keypoints: [11, 3] (row, column, visible) or a file (see ``controls.read_keypoints``); for adapters
             with control keypoints.
+          target_caption: what is to be seen round the bird; for adapters with caption policy background.
           seed: with ``key`` it fixes the result; default as configured.
           steps: Euler steps; default as configured.
           guidance: scale; default as configured.
@@ -120,6 +124,7 @@ class Reposer:
             _mask(target_mask, target_pixels, "target_mask"),
             None if target_depth is None else _depth(target_depth, target_pixels, "target_depth"),
             None if target_keypoints is None else _keypoints(target_keypoints, target_pixels, "target_keypoints"),
+            target_caption,
         )
         sample = self.sample_settings(seed, steps, guidance)
         (result, _), *_ = self.repose_batch([job], dataclasses.replace(sample, batch=self.mesh.size))
@@ -155,12 +160,13 @@ class Reposer:
         padded = [*canvases, *canvases[-1:] * (sample.batch - len(canvases))]
         numbers = [draws.number(job.key) for job in jobs]
         numbers += numbers[-1:] * (sample.batch - len(jobs))
+        embeds, pooled = self._text(jobs, sample.batch)
         batch = {
             "subject": self._moments([c[0] for c in padded]),
             "control": self._moments([c[1] for c in padded]),
             "sample": np.asarray(numbers, np.uint32),
-            "prompt_embeds": np.repeat(self.text[0], sample.batch, axis=0),
-            "pooled": np.repeat(self.text[1], sample.batch, axis=0),
+            "prompt_embeds": embeds,
+            "pooled": pooled,
         }
         images = self.draw(batch, sample)
         return [(c[2].invert(image), c[2]) for image, c in zip(images, canvases, strict=False)]
@@ -196,6 +202,16 @@ class Reposer:
         scaled = (mean - self.method.vae.shift_factor) * self.method.vae.scaling_factor
         results = to_pixels(self.decode(self.vae.params, scaled))
         return [c.placement.invert(image) for image, c in zip(results, canvases, strict=False)]
+
+    def _text(self, jobs: Sequence[Job], count: int) -> tuple[Array, Array]:
+        """Prompt embeddings [count, T, D] and pooled vectors [count, P]; the last job fills up."""
+        if not callable(self.text):
+            embeds, pooled = self.text
+            return np.repeat(embeds, count, axis=0), np.repeat(pooled, count, axis=0)
+        captions = [job.target_caption or "" for job in jobs]
+        if not all(caption.strip() for caption in captions):
+            raise UserError("caption background: the target has no caption, expected what is to be seen round the bird")
+        return self.text([*captions, *captions[-1:] * (count - len(captions))])
 
     def _moments(self, pixels: Sequence[Array]) -> jax.Array:
         return self.encode(self.vae.params, meshes.put_batch(to_images(np.stack(pixels)), self.mesh))
@@ -267,7 +283,7 @@ def load(
         loaded, _ = adapter_files.load_adapter(control_path, transformer.params, stacked=flux.STACKED)
         adapters[control_name] = jax.device_put(loaded, sharding)
     vae = pipeline.load_vae(folder, sharding=sharding)
-    embeds, pooled = encode_prompts(folder, [conditioning.prompt], conditioning.text_length)
+    encode_text = make_prompt_encoder(load_text_stack(folder), conditioning.text_length)
     name = adapter_path.stem if adapter_path else None
     method = make_method(
         transformer,
@@ -286,7 +302,7 @@ def load(
         adapters=adapters,
         vae=vae,
         schedule=runs.read_json(folder / "scheduler" / "scheduler_config.json"),
-        text=(np.asarray(embeds), np.asarray(pooled)),
+        text=encode_text if conditioning.caption == "background" else encode_text([conditioning.prompt]),
         mesh=mesh,
         base_path=folder,
         base_sha256=base_sha256,

@@ -64,7 +64,7 @@ class Conditioning:
     skeleton: str = "dense"  # lines between keypoints; this and the next two are for control keypoints alone
     dot: int = 15  # diameter of a keypoint in pixels of the picture
     line: int = 10  # width of a skeleton's line in pixels of the picture
-    caption: str = "fixed"
+    caption: str = "fixed"  # prompt for every picture; background: the target's own caption
     prompt: str = "A photo of a bird."
     text_length: int = 512  # T5 tokens
     independent_conditions: bool = False  # conditions attend to themselves only
@@ -169,7 +169,7 @@ Verb = typing.Literal["prepare", "train", "generate", "evaluate"]
 _CHOICES: dict[str, tuple[str, ...]] = {
     "conditioning.control": ("fill", "depth", "keypoints"),
     "conditioning.skeleton": ("dense", "sparse", "dots"),
-    "conditioning.caption": ("fixed",),
+    "conditioning.caption": ("fixed", "background"),
     "lora.init": ("gaussian",),
     "optim.name": ("prodigy", "adamw"),
     "train.dtype": ("bfloat16", "float32"),

@@ -67,6 +67,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--target_mask", type=Path)
     add("--target_depth", type=Path, help="for control depth: grey picture of the target's size, near is bright")
     add("--target_keypoints", type=Path, help="for control keypoints: 11 lines `part x y visible`")
+    add("--target_caption", help="for caption background: what is to be seen round the bird")
 
 
 def _benchmarks(config: configs.Config, arguments: argparse.Namespace) -> list[str]:
@@ -90,8 +91,13 @@ def _load(config: configs.Config, adapter: str, control_adapter: str | None) -> 
 def _extractable(config: configs.Config, name: str) -> bool:
     """Whether there are checkpoints that make what the argument ``name`` would give."""
     masks = ("sam2", "grounding_dino")
-    used = {"subject_mask": masks, "target_mask": masks, "target_depth": ("depth_anything",)}.get(name, ())
-    folders = [Path(getattr(config.extract, field)) for field in used]
+    used: dict[str, tuple[str, ...]] = {
+        "subject_mask": masks,
+        "target_mask": masks,
+        "target_depth": ("depth_anything",),
+        "target_caption": ("captioner",),
+    }
+    folders = [Path(getattr(config.extract, field)) for field in used.get(name, ())]
     return bool(folders) and all((folder / "config.json").is_file() for folder in folders)
 
 
@@ -118,6 +124,9 @@ def _make_one(config: configs.Config, arguments: argparse.Namespace) -> None:
     given = None if needs is None else getattr(arguments, f"target_{needs}")
     if needs is not None and given is None and not _extractable(config, f"target_{needs}"):
         raise UserError(f"control {config.conditioning.control}: missing --target_{needs}")
+    described = config.conditioning.caption == "background"
+    if described and not arguments.target_caption and not _extractable(config, "target_caption"):
+        raise UserError("caption background: missing --target_caption")
     subject = _read_one(arguments.subject, arguments.subject_mask, config)
     target = _read_one(arguments.target, arguments.target_mask, config)
     height, width = target[0].shape[:2]
@@ -127,11 +136,15 @@ def _make_one(config: configs.Config, arguments: argparse.Namespace) -> None:
     keypoints = None
     if needs == "keypoints" and given is not None:
         keypoints = controls.read_keypoints(given, height, width)
+    caption = arguments.target_caption
+    if described and not caption:
+        caption = extract.caption(target[0], settings=config.extract).text
     with runs.writing(arguments.out.parent):
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
     result = _load(config, arguments.adapter, arguments.control_adapter).repose(
-        subject[0], target[0], subject[1], target[1], target_depth=depth, target_keypoints=keypoints
-    )
+        subject[0], target[0], subject[1], target[1], target_depth=depth, target_keypoints=keypoints,
+        target_caption=caption,
+    )  # fmt: skip
     write_image(np.asarray(result), arguments.out)
     print(arguments.out)
 
@@ -186,6 +199,7 @@ def read_works(
     """
     from nabla_jax.data import controls, read_dataset
     from nabla_jax.data.pairs import benchmark_pairs, shuffled_subjects
+    from nabla_jax.data.pictures import distinct_captions
 
     for name in names:
         root = Path(config.benchmarks[name])
@@ -197,6 +211,8 @@ def read_works(
             controls.require([dataset.by_id[image] for image in dict.fromkeys(subjects.values())], "fill")
             targets = [dataset.by_id[image] for image in dict.fromkeys(pair.target_id for pair in pairs)]
             controls.require(targets, config.conditioning.control)
+            if config.conditioning.caption == "background":
+                distinct_captions(targets)
             yield Work(name, kind, out / name / kind, dataset, pairs, subjects)
 
 
@@ -283,7 +299,10 @@ def _maker(reposer: "api.Reposer", work: Work, config: configs.Config) -> Callab
         subject = controls.read_view(examples[work.subjects[pair.key]], "fill")
         target = controls.read_view(examples[pair.target_id], reposer.conditioning.control)
         key = f"{work.name}/{pair.key}"
-        return api.Job(key, subject.image, subject.mask, target.image, target.mask, target.depth, target.keypoints)
+        caption = examples[pair.target_id].caption
+        return api.Job(
+            key, subject.image, subject.mask, target.image, target.mask, target.depth, target.keypoints, caption
+        )
 
     def make(pairs: Sequence["Pair"]) -> list[Made]:
         jobs = [job(pair) for pair in pairs]

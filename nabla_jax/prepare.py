@@ -29,6 +29,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import time
@@ -45,7 +46,7 @@ from nabla_jax import runs
 from nabla_jax.data import Example, controls, read_dataset
 from nabla_jax.data.dataset import class_index
 from nabla_jax.data.loader import FEATURES, MANIFEST, SCHEMA, TEXT, check_files, shard_name
-from nabla_jax.data.pictures import Pictures, captions_sha256, inputs, look, ordered, roles
+from nabla_jax.data.pictures import Pictures, captions_sha256, distinct_captions, inputs, look, ordered, roles
 from nabla_jax.data.records import RecordReader, encode_record, write_shard
 from nabla_jax.errors import UserError
 from nabla_jax.hashing import file_sha256
@@ -58,6 +59,8 @@ SETTINGS = "settings.json"
 PICTURES_PER_SHARD = 256
 # Pixels in one call of the encoder on each device: at 1024 x 1024 one picture's activations fill several GB.
 PIXELS_PER_CALL = 2**18
+# Captions whose embeddings are in memory at once: 0.5 GB for FLUX.1's 512 tokens of 4,096.
+CAPTIONS_PER_CALL = 64
 LOOKS_PER_CALL = 16  # of the vision network on each device
 
 
@@ -278,7 +281,7 @@ def prepare(
         own = [shard for shard in shards[index::count] if shard.name in missing]
         _decode_all([e for shard in own for e in shard.examples], work)
         if index == 0 and not (folder / TEXT).is_file():
-            _write_text(folder / TEXT, *encoders.prompts(captions), len(captions))
+            _write_text(folder / TEXT, encoders.prompts, captions)
         done = sum(len(s.examples) for s in shards[index::count]) - sum(len(s.examples) for s in own)
         with runs.progress(done + sum(len(s.examples) for s in own), "encode", done=done, unit="picture") as bar:
             for shard in own:
@@ -324,9 +327,12 @@ def made_with(settings: Mapping[str, Any]) -> str:
 
 
 def captions_of(config: configs.Config, examples: Sequence[Example]) -> tuple[list[str], list[int]]:
-    """The distinct captions, and for each example its row in them. Raises UserError for an unknown policy."""
-    if config.conditioning.caption != "fixed":
-        raise UserError(f"conditioning.caption: found {config.conditioning.caption!r}, expected 'fixed'")
+    """The distinct captions, and for each example its row in them.
+
+    Raises UserError for examples without a caption, if the policy is to use it.
+    """
+    if config.conditioning.caption == "background":
+        return distinct_captions(examples)
     return [config.conditioning.prompt], [0] * len(examples)
 
 
@@ -488,25 +494,42 @@ def _bytes_per_picture(work: Work) -> int:
     return height * width * (len(work.roles) * channels * 2 + 1) + vision + 2**10 * work.records(1)
 
 
-def _check_room(folder: Path, count: int, size: int) -> None:
+def _check_room(folder: Path, count: int, size: int, what: str = "pictures") -> None:
     needed = count * size
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{folder}: disk too full: {count} pictures need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+            f"{folder}: disk too full: {count} {what} need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
         )
 
 
-def _write_text(path: Path, embeds: Array, pooled: Array, count: int) -> None:
-    from safetensors.numpy import save
-
-    if len(embeds) != count or len(pooled) != count:
-        raise ValueError(f"found {len(embeds)} and {len(pooled)} embeddings, expected {count}")
-    tensors = {
-        "prompt_embeds": np.ascontiguousarray(embeds, np.float32),
-        "pooled": np.ascontiguousarray(pooled, np.float32),
+def _write_text(path: Path, prompts: Callable[[list[str]], tuple[Array, Array]], captions: Sequence[str]) -> None:
+    """Embeds the captions a group at a time: at 8 MB a caption the table of a large dataset fits no memory."""
+    groups = [list(captions[i : i + CAPTIONS_PER_CALL]) for i in range(0, len(captions), CAPTIONS_PER_CALL)]
+    embeds, pooled = prompts(groups[0])
+    shapes = {
+        name: (len(captions), *array.shape[1:]) for name, array in (("prompt_embeds", embeds), ("pooled", pooled))
     }
-    runs.write_atomic(path, save(tensors))
+    ends = np.cumsum([4 * math.prod(shape) for shape in shapes.values()]).tolist()
+    _check_room(path.parent, len(captions), ends[-1] // len(captions), "captions")
+    header = {
+        name: {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+        for (name, shape), start, end in zip(shapes.items(), [0, *ends], ends, strict=False)
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+
+    def pieces() -> Iterator[bytes]:
+        yield len(text).to_bytes(8, "little") + text
+        rest = (prompts(group) for group in groups[1:])
+        vectors = []
+        total = len(groups)
+        for tokens, vector in runs.track(itertools.chain([(embeds, pooled)], rest), "captions", total=total):
+            vectors.append(vector)
+            yield np.ascontiguousarray(tokens, "<f4").tobytes()
+        yield np.ascontiguousarray(np.concatenate(vectors), "<f4").tobytes()
+
+    runs.write_atomic(path, pieces())
 
 
 def pictures_per_call(size: int, devices: int) -> int:

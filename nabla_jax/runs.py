@@ -142,8 +142,8 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(f"{error.filename or path}: cannot be written: {error.strerror or error}") from error
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Writes a file so that it is either whole or absent, also after a power cut.
+def write_atomic(path: Path, data: bytes | str | Iterable[bytes]) -> None:
+    """Writes a file, given whole or in pieces, so that it is either whole or absent, also after a power cut.
 
     Raises UserError when the folder cannot be made or the file cannot be written.
     """
@@ -152,7 +152,8 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as out:
-                out.write(data.encode() if isinstance(data, str) else data)
+                for piece in [data.encode()] if isinstance(data, str) else [data] if isinstance(data, bytes) else data:
+                    out.write(piece)
                 out.flush()
                 os.fsync(out.fileno())
             temporary.replace(path)

@@ -71,8 +71,9 @@ def check_prepared(config: Config) -> None:
     pairs = [(f"conditioning.{k}", v, getattr(config.conditioning, k)) for k, v in made["conditioning"].items()]
     pairs.append(("data.split", made["split"], config.data.split))
     pairs.append(("moments", prepared.manifest["moments"], [2 * vae.latent_channels, side, side]))
-    captions, _ = captions_of(config, [])
-    pairs.append(("conditioning.prompt", made["captions"][:12], captions_sha256(captions)[:12]))
+    if config.conditioning.caption == "fixed":
+        captions, _ = captions_of(config, [])
+        pairs.append(("conditioning.prompt", made["captions"][:12], captions_sha256(captions)[:12]))
     for part, sha in made["weights"].items():
         pairs.append((f"weights of {part}", sha[:12], pipeline.folder_hash(base / part, everything=True)[:12]))
     differing = [f"{what}: {there!r} there, {here!r} here" for what, there, here in pairs if there != here]

@@ -6,7 +6,7 @@ padding (id 0) takes part in attention and stays among the embeddings; CLIP is p
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,8 @@ from nabla_jax.models import layers
 log = logging.getLogger(__name__)
 # Prompts per compiled call.
 BATCH = 8
+
+PromptEncoder = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def encode_prompts(
     *,
     dtype: DTypeLike | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Encodes prompts with both encoders; the same text goes to CLIP and T5.
+    """Encodes prompts with both encoders; see ``make_prompt_encoder``.
 
     Args:
         source: a pipeline folder, or what ``load_text_stack`` made of it.
@@ -106,26 +108,36 @@ def encode_prompts(
 
     Returns:
         prompt_embeds [n, T, D] and pooled [n, P], both float32.
-
-    A text longer than its tokenizer's length is cut, with a warning in the log.
     """
     stack = source if isinstance(source, TextStack) else load_text_stack(source, dtype=dtype)
+    return make_prompt_encoder(stack, length)(prompts)
+
+
+def make_prompt_encoder(stack: TextStack, length: int) -> PromptEncoder:
+    """The function from n texts to prompt_embeds [n, T, D] and pooled [n, P], both float32, T = ``length``.
+
+    The same text goes to CLIP and T5; one longer than its tokenizer's length is cut, with a warning in the log. The
+    function holds the encoders, and compiles once.
+    """
     encoders = stack.encoders
     limit = clip_length(stack.tokenizers.clip, encoders.clip.config.max_position_embeddings)
-    ids = tokenize(stack.tokenizers, prompts, length, limit)
 
     @jax.jit
     def run(clip_params: layers.Params, t5_params: layers.Params, clip_ids: jax.Array, t5_ids: jax.Array) -> Any:
         embeds, pooled = embed(encoders, clip_params, t5_params, clip_ids, t5_ids)
         return embeds.astype(jnp.float32), pooled.astype(jnp.float32)
 
-    parts = []
-    size = min(BATCH, len(prompts))
-    for start in range(0, len(prompts), size):
-        clip_ids, t5_ids = (_rows(array, start, size) for array in ids)
-        parts.append(jax.device_get(run(encoders.clip.params, encoders.t5.params, clip_ids, t5_ids)))
-    embeds, pooled = (np.concatenate(column)[: len(prompts)] for column in zip(*parts, strict=True))
-    return embeds, pooled
+    def encode(prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids = tokenize(stack.tokenizers, prompts, length, limit)
+        parts = []
+        size = min(BATCH, len(prompts))
+        for start in range(0, len(prompts), size):
+            clip_ids, t5_ids = (_rows(array, start, size) for array in ids)
+            parts.append(jax.device_get(run(encoders.clip.params, encoders.t5.params, clip_ids, t5_ids)))
+        embeds, pooled = (np.concatenate(column)[: len(prompts)] for column in zip(*parts, strict=True))
+        return embeds, pooled
+
+    return encode
 
 
 def _ids(tokenizer: Any, prompts: Sequence[str], length: int, name: str) -> np.ndarray:

@@ -225,13 +225,22 @@ def require(examples: Sequence[Example], *kinds: str) -> None:
     """Raises one UserError if examples lack their mask or what the controls ``kinds`` are made of; opens no file."""
     expected = {"mask": "a PNG for each", "depth": "a PNG for each", "keypoints": "parts/part_locs.txt to list them"}
     for field in ("mask", *_needs(kinds)):
-        absent = [example for example in examples if getattr(example, field) is None]
-        if absent:
-            raise UserError(
-                f"{absent[0].image}: has no {field}; {len(absent)} of {len(examples)} pictures have none, "
-                f"expected {expected[field]}"
-                + ("" if field == "keypoints" else "; python -m nabla_jax.extract makes them")
-            )
+        require_field(examples, field, expected[field])
+
+
+def require_field(examples: Sequence[Example], field: str, expected: str) -> None:
+    """Raises one UserError, ending with what was ``expected``, if examples lack ``field``."""
+    absent = [example for example in examples if not _has(example, field)]
+    if absent:
+        raise UserError(
+            f"{absent[0].image}: has no {field}; {len(absent)} of {len(examples)} pictures have none, "
+            f"expected {expected}" + ("" if field == "keypoints" else "; python -m nabla_jax.extract makes them")
+        )
+
+
+def _has(example: Example, field: str) -> bool:
+    value = getattr(example, field)
+    return bool(value.strip()) if isinstance(value, str) else value is not None
 
 
 def check(example: Example, *kinds: str) -> str:

@@ -154,9 +154,6 @@ def open_prepared(folder: str | os.PathLike[str]) -> Prepared:
 
     Raises UserError naming the file when something is missing, cut short or does not fit the manifest.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     folder = Path(folder)
     manifest = read_manifest(folder)
     for shard in manifest["shards"]:
@@ -168,10 +165,10 @@ def open_prepared(folder: str | os.PathLike[str]) -> Prepared:
     records = RecordReader([folder / s["file"] for s in manifest["shards"]], [s["records"] for s in manifest["shards"]])
     path = folder / TEXT
     try:
-        text = load_file(path)
-        prepared = Prepared(folder, manifest, records, text["prompt_embeds"], text["pooled"])
-    except (OSError, SafetensorError, KeyError) as error:
+        text = _mapped(path, ("prompt_embeds", "pooled"))
+    except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{path}: not the text embeddings that prepare writes ({error})") from error
+    prepared = Prepared(folder, manifest, records, *text)
     captions = len(prepared.prompt_embeds)
     if captions != len(prepared.pooled) or captions <= max(prepared.captions):
         raise UserError(f"{path}: found {captions} captions, expected {max(prepared.captions) + 1}")
@@ -391,6 +388,17 @@ class Reading:
             "mask": target["mask"].astype(np.float32) / 255,
             **{name: np.asarray(value, np.int64) for name, value in numbers.items()},
         }
+
+
+def _mapped(path: Path, names: Sequence[str]) -> list[Array]:
+    """Float32 tensors of a safetensors file, mapped: pages are read when rows are used."""
+    from nabla_jax.checkpoints.safetensors_io import read_header
+
+    entries = [read_header(path).tensors[name] for name in names]
+    wrong = [entry.dtype for entry in entries if entry.dtype != "F32"]
+    if wrong:
+        raise ValueError(f"dtype {wrong[0]}, expected F32")
+    return [np.memmap(path, "<f4", "r", entry.offset, entry.shape) for entry in entries]
 
 
 def _encoded(batch: Batch, encode: Encode) -> Batch:

@@ -60,6 +60,17 @@ def ordered(dataset: Dataset, split: str) -> tuple[Example, ...]:
     return tuple(sorted(dataset.of_split(split), key=lambda e: e.id))
 
 
+def distinct_captions(examples: Sequence[Example]) -> tuple[list[str], list[int]]:
+    """The distinct captions of examples in the order of their first use, and for each example its row in them.
+
+    Raises UserError for examples without a caption.
+    """
+    controls.require_field(examples, "caption", "captions.json (captions_short.json for iNaturalist) to hold them")
+    rows: dict[str, int] = {}
+    found = [rows.setdefault(example.caption or "", len(rows)) for example in examples]
+    return list(rows), found
+
+
 def captions_sha256(captions: Sequence[str]) -> str:
     """What identifies a list of distinct captions."""
     return hashlib.sha256(json.dumps(list(captions)).encode()).hexdigest()

@@ -22,7 +22,7 @@ from PIL import Image
 
 from nabla_jax.errors import UserError
 from nabla_jax.toybirds import world as plan
-from nabla_jax.toybirds.captions import background_caption, caption, long_caption
+from nabla_jax.toybirds.captions import background_caption, long_caption
 from nabla_jax.toybirds.identity import draw_identity
 from nabla_jax.toybirds.render import KEYPOINTS, Render, render
 from nabla_jax.toybirds.world import NabirdsImage, Node, Observation, Picture, Settings, scene_of
@@ -30,13 +30,12 @@ from nabla_jax.toybirds.world import NabirdsImage, Node, Observation, Picture, S
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """A picture and the folders its three files go to; `background` chooses the short caption's style."""
+    """A picture and the folders its three files go to."""
 
     settings: Settings
     picture: Picture
     root: str
     masks: str
-    background: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +67,9 @@ def _take(task: _Task) -> _Taken:
     identity, scene = draw_identity(*task.picture.identity), scene_of(task.settings, task.picture)
     shot = render(identity, scene)
     _save(task, shot)
-    short = background_caption(identity, scene) if task.background else caption(identity, scene)
     points = [(float(x), float(y), bool(v)) for x, y, v in shot.keypoints]
-    return _Taken(shot.box, points, short, long_caption(identity, scene))
+    # The short one is a prompt beside a subject: it must not say what the target's bird wears.
+    return _Taken(shot.box, points, background_caption(identity, scene), long_caption(identity, scene))
 
 
 def _die_with_parent() -> None:
@@ -266,9 +265,9 @@ def _write_all(root: Path, settings: Settings, workers: int, progress: bool) -> 
     nodes = plan.hierarchy(settings)
     images = plan.nabirds_images(settings, nodes)
     observed = {subset: plan.observations(settings, subset) for subset in ("na", "unseen")}
-    tasks = [_Task(settings, i.picture, str(root / "nabirds"), "masks", True) for i in images]
+    tasks = [_Task(settings, i.picture, str(root / "nabirds"), "masks") for i in images]
     for subset, rows in observed.items():
-        tasks += [_Task(settings, p, str(root / "inat" / subset), "mask", False) for o in rows for p in o.pictures]
+        tasks += [_Task(settings, p, str(root / "inat" / subset), "mask") for o in rows for p in o.pictures]
     results = _run(tasks, workers)
     taken = list(tqdm(results, total=len(tasks), desc="toybirds", unit="picture", disable=not progress))
     _write_nabirds(root / "nabirds", settings, nodes, images, taken[: len(images)])

@@ -156,6 +156,7 @@ def test_inat_folders_hold_true_pairs_with_the_official_columns(world, subset, c
     rows = list(csv.DictReader((root / "final_pairs.csv").open(encoding="utf-8", newline="")))
     assert all(len(row) == columns for row in rows) and len({r["observation_id"] for r in rows}) == len(rows)
     captions = json.loads((root / "captions_short.json").read_text(encoding="utf-8"))
+    assert not any(part in text for text in captions.values() for part in ("cap", "head", "belly", "wings"))
     oracle = Oracle(root)
     for row in rows:
         ids = []
