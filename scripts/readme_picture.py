@@ -43,11 +43,11 @@ def main() -> None:
     for number in args.pairs:
         pair = listed[number]
         subject, target = dataset.by_id[pair.subject_id], dataset.by_id[pair.target_id]
-        shown, shown_mask = controls.read_pair(subject.image, subject.mask)
-        place, place_mask = controls.read_pair(target.image, target.mask)
-        result = np.asarray(birds.repose(shown, place, shown_mask, place_mask, key=pair.key))
+        shown, place = (controls.read_view(example, "fill") for example in (subject, target))
+        result = np.asarray(birds.repose(shown.image, place.image, shown.mask, place.mask, key=pair.key))
         right = oracle.right(pair.subject_id, pair.target_id)
-        cells = [cell(p) for p in (shown, controls.fill_control(place, place_mask), result, right)]
+        hidden = controls.CONTROLS["fill"].draw(place, birds.conditioning)
+        cells = [cell(p) for p in (shown.image, hidden, result, right)]
         columns.append(np.concatenate([np.pad(c, ((0, GAP), (0, GAP), (0, 0)), constant_values=255) for c in cells]))
     write_image(np.concatenate(columns, axis=1), Path(args.out))
 

@@ -166,8 +166,9 @@ def open_prepared(folder: str | os.PathLike[str]) -> Prepared:
     path = folder / TEXT
     try:
         text = _mapped(path, ("prompt_embeds", "pooled"))
-    except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: not the text embeddings that prepare writes ({error})") from error
+    except (OSError, KeyError, ValueError, UserError) as error:
+        why = str(error).removeprefix(f"{path}: ")
+        raise UserError(f"{path}: not the text embeddings that prepare writes ({why})") from error
     prepared = Prepared(folder, manifest, records, *text)
     captions = len(prepared.prompt_embeds)
     if captions != len(prepared.pooled) or captions <= max(prepared.captions):

@@ -15,6 +15,7 @@ from nabla_jax.checkpoints.adapters import load_adapter
 from nabla_jax.conditioning import omini
 from nabla_jax.conditioning.geometry import Placement
 from nabla_jax.conditioning.text import encode_prompts
+from nabla_jax.config import Conditioning
 from nabla_jax.data import controls
 from nabla_jax.flow import path, sampler
 from nabla_jax.models import attention, flux, layers
@@ -40,7 +41,8 @@ def latents() -> dict[str, np.ndarray]:
         subject, target = toybirds.fresh_pair(WORLD, index, size)
         square = Placement.square(*target.mask.shape, size)
         pictures["target"].append(square.apply(target.rgb, 255, "bilinear"))
-        pictures["control"].append(square.apply(controls.fill_control(target.rgb, target.mask), 255, "bilinear"))
+        control = controls.control_canvas(controls.View(target.rgb, target.mask), Conditioning(size))
+        pictures["control"].append(control.pixels)
         pictures["subject"].append(Placement.subject(subject.mask, size).apply(subject.rgb, 255, "bilinear"))
 
     @jax.jit
