@@ -13,12 +13,13 @@ how often either covers the truth):
   widens the interval.
 - ``bootstrap-t``, FEW clusters or more: whole clusters are drawn with replacement, each resample's error is divided by
   that resample's own standard error, and the interval is symmetric (Hall 1992, section 3.6; Cameron, Gelbach & Miller
-  2008). Where a resample has no spread, as that of a rate that fails in one cluster alone, ``t`` is used.
+  2008). Where a resample has no spread, as that of a rate that fails in one cluster alone, it is ``t`` all the same.
 
 ``bca`` (Efron 1987) can be asked for. It is not the default because it covers less where clusters are few or uneven.
 
 Input that says nothing of the spread has a defined result: with one cluster ``low`` and ``high`` are None; where all
-clusters agree exactly ``low = mean = high``; ``reason`` says so. Everything is a function of the rows and the seed.
+clusters agree exactly ``low = mean = high``; ``reason`` says so. A value that is not finite is an error: a pair without
+a value is to be left out, and counted, by the caller. Everything is a function of the rows and the seed.
 """
 
 import dataclasses
@@ -39,6 +40,7 @@ FEW = 50
 METHODS = ("auto", "t", "bootstrap-t", "bca")
 ONE_CLUSTER = "one cluster: its spread is unknown"
 NO_SPREAD = "all clusters agree exactly"
+NOTHING_LEFT = "one cluster holds all that is divided by"
 _BLOCK = 2**22  # numbers that a block of resamples may hold at a time
 
 
@@ -101,8 +103,8 @@ def ratio_interval(
 
     Normalised identity `1 - sum(errors) / sum(sibling_errors)` is the ratio of `sibling_errors - errors` to
     `sibling_errors`. Both sums are taken anew in every resample. Arguments and errors as for `mean_interval`;
-    in addition a UserError if the denominators of all pairs, of all but one cluster, or of a resample, do not sum to
-    a positive number.
+    in addition a UserError if the denominators of all pairs do not sum to a positive number. Where those of all but
+    one cluster do not, there is no interval.
     """
     if method not in METHODS:
         raise UserError(f"method: found {method!r}, expected one of {', '.join(METHODS)}")
@@ -115,7 +117,9 @@ def ratio_interval(
     found = Interval(mean, None, None, len(rows[0]), count)
     if count == 1:
         return dataclasses.replace(found, reason=ONE_CLUSTER)
-    left_out = _ratio(total - sums)
+    if np.any((rest := total - sums)[1] <= 1e-12 * total[1]):
+        return dataclasses.replace(found, reason=NOTHING_LEFT)
+    left_out = _ratio(rest)
     # Deviations of the clusters' sums; beside the sums themselves, those of equal clusters are rounding alone.
     deviations = sums[0] - mean * sums[1]
     if np.all(np.abs(deviations) <= 1e-12 * (np.abs(sums[0]) + abs(mean) * np.abs(sums[1]))):
@@ -484,13 +488,15 @@ def _resampled(rows: Array, resamples: int, seed: int, which: int = 0) -> Array:
 
 
 def _bootstrap_t(deviations: Array, weights: Array, level: float, resamples: int, seed: int) -> float | None:
-    """Half the width of the symmetric studentised interval; None if a resample has no spread.
+    """Half the width of the symmetric studentised interval; None if a resample has no spread or no denominator.
 
     `deviations` are the clusters' numerators less the estimate times their denominators `weights`.
     """
     rows = np.stack([deviations, weights, deviations**2, deviations * weights, weights**2])
     total, weight, square, cross, size = _resampled(rows, resamples, seed)
-    error = _ratio(np.stack([total, weight]))  # estimate of the resample less that of the data
+    if np.any(weight <= 0):
+        return None
+    error = total / weight  # estimate of the resample less that of the data
     variance = square - 2 * error * cross + error**2 * size  # of the resample's own deviations, times weight^2
     if np.any(variance <= 1e-12 * rows[2].sum()):
         return None
