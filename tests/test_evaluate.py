@@ -62,7 +62,8 @@ def test_every_set_and_reference_point_has_every_metric(results):
     _, rows = results
     assert set(rows) == {(m, k) for m in (*MODELS, *verb.REFERENCES) for k in summary.METRICS}
     for row in rows.values():
-        assert list(row) == ["model", "benchmark", "metric", "mean", "low", "high", "n"]
+        assert list(row)[:7] == ["model", "benchmark", "metric", "mean", "low", "high", "n"]
+        assert row["clusters"] == len(fake_world.CLASSES) and row["method"] == ("" if row["reason"] else "t")
         assert row["low"] <= row["mean"] <= row["high"] and row["n"] == PAIRS
         assert row["benchmark"] == "ellipses"
 
@@ -81,7 +82,7 @@ def test_the_right_answer_scores_one_the_sibling_zero_and_their_mean_a_half(resu
 def test_subject_effect_has_the_sign_of_what_the_subject_does(results):
     _, rows = results
     assert rows["perfect", "subject_effect"]["low"] > 0.3
-    assert rows["half", "subject_effect"]["low"] > 0
+    assert rows["half", "subject_effect"]["mean"] > 0.2  # of seven classes: its interval is wide
     for model in ("untuned", "copy-target"):  # neither looks at the subject
         assert [rows[model, "subject_effect"][k] for k in ("mean", "low", "high")] == [0, 0, 0]
     assert rows["flat-colour", "subject_effect"]["low"] > 0

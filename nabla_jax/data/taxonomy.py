@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from nabla_jax.errors import UserError
 
@@ -95,3 +95,15 @@ class Taxonomy:
             ids.append(node)
             node = self.parents.get(node)
         return tuple(self.names[i] for i in reversed(ids))
+
+
+def distance(path: tuple[str, ...], others: Iterable[tuple[str, ...]]) -> int:
+    """Levels from the leaf of `path` up to the lowest group that it shares with any of `others`.
+
+    Paths are names from the root to the leaf. 0: it is one of them; 1: one of them has the same parent, and so on;
+    len(path): not even a root is shared, or there are no others.
+    """
+    if not path:
+        raise ValueError("taxonomic distance: found an empty path, expected names from the root to the leaf")
+    groups = {other[:depth] for other in others for depth in range(1, len(other) + 1)}
+    return next(up for up in range(len(path) + 1) if up == len(path) or path[: len(path) - up] in groups)

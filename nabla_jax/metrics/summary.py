@@ -1,6 +1,8 @@
-"""From scores of pairs to rows of a table: {model, benchmark, metric, mean, low, high, n}.
+"""From scores of pairs to rows of a table: {model, benchmark, metric, mean, low, high, n, clusters, method, reason}.
 
-Intervals are 95 % bootstrap intervals clustered by class, because pictures of one class share its difficulty.
+Intervals are 95 % intervals clustered by class, or by individual where the pairs have one (observations of
+iNaturalist), because pictures of one share its difficulty: `nabla_jax.metrics.statistics`. `low` and `high` are None
+where there is no interval, and `reason` says why.
 """
 
 from __future__ import annotations
@@ -8,10 +10,11 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import math
 import pathlib
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +31,15 @@ BREAKDOWN_METRICS = (
     "subject_effect",
     "identification_rate",
 )
+# What a metric cannot exceed, and so neither can the ends of its interval.
+BOUNDS = {
+    "rmse": (0.0, 255.0),
+    "ssim": (-1.0, 1.0),
+    "normalised_identity": (-math.inf, 1.0),
+    "normalised_identity_plumage": (-math.inf, 1.0),
+    "identification_rate": (0.0, 1.0),
+}
+AREA_EDGES = (0.02, 0.05, 0.1, 0.2, 0.4)  # shares of the picture: between a bird far off and one that fills it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +49,11 @@ class PairScore:
     Errors are masked RMSE 0..255. `rmse` and `ssim` compare with the target's photo; `right_error` (right
     subject) and `shuffled_error` (another subject) compare with the oracle's right answer for the right
     subject; `sibling_error` and `sibling_plumage_error` are the wrong birds' renders against it. `rank` is
-    the right species' place among `lineup` species. `pixels` counts the mask. `excluded` says why a pair does
-    not count ('' if it does).
+    the right species' place among `lineup` species. `pixels` counts the mask, `area` is its share of the target's
+    picture. `excluded` says why a pair does not count ('' if it does). `family` is '' where the data set has none.
+    `cluster` names the individual that subject and target share; '' leaves the class as the cluster of the pair.
+    `distance` is the taxonomic distance of the target's class to the nearest class of training
+    (`nabla_jax.data.taxonomy.distance`).
     """
 
     pair: str
@@ -58,6 +73,10 @@ class PairScore:
     rank: int | None = None
     lineup: int | None = None
     excluded: str = ""
+    family: str = ""
+    cluster: str = ""
+    area: float | None = None
+    distance: int | None = None
 
 
 _TYPES = typing.get_type_hints(PairScore)
@@ -96,26 +115,24 @@ def _parse(kind: Any, text: str) -> Any:
 
 
 def estimate(scores: Sequence[PairScore], metric: str, seed: int = 0) -> dict[str, Any] | None:
-    """{mean, low, high, n} of a metric over the pairs that have it; None if no pair has it."""
-    top, bottom, classes = terms(scores, metric)
+    """{mean, low, high, n, clusters, method, reason} of a metric over the pairs that have it; None if none has."""
+    top, bottom, clusters = terms(scores, metric)
     if not len(top):
         return None
-    if np.all(bottom == 1):
-        interval = statistics.mean_interval(top, classes, seed=seed)
-    else:
-        interval = statistics.ratio_interval(top, bottom, classes, seed=seed)
-    return _rounded(interval.mean, interval.low, interval.high) | {"n": len(top)}
+    return _values(statistics.ratio_interval(top, bottom, clusters, seed=seed), BOUNDS.get(metric))
 
 
 def terms(scores: Sequence[PairScore], metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(numerators, denominators, class ids), each [pairs with this metric]; means have denominators of
-    one.
+    """(numerators, denominators, clusters), each [pairs with this metric]; means have denominators of one.
+
+    Clusters are names of individuals, or of classes where the pairs have none.
     """
     used, make = _TERMS[metric]
     chosen = [s for s in scores if not s.excluded and all(getattr(s, name) is not None for name in used)]
     columns = [np.array([float(getattr(s, name)) for s in chosen]) for name in used]
     top, bottom = make(*columns)
-    return top, bottom, np.array([s.class_id for s in chosen], dtype=np.int64)
+    # Digits in front, so that names sort as the numbers do.
+    return top, bottom, np.array([s.cluster or f"class {s.class_id:09}" for s in chosen], dtype=np.str_)
 
 
 def _mean(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -146,30 +163,50 @@ def rows(model: str, benchmark: str, scores: Sequence[PairScore], seed: int = 0)
 
 
 def breakdown(model: str, benchmark: str, scores: Sequence[PairScore], seed: int = 0) -> list[dict[str, Any]]:
-    """Rows like those of the summary, for all pairs against sibling plumages and by qualifier and order.
+    """Rows like those of the summary, for all pairs against sibling plumages and by each of GROUPS.
 
-    Extra fields: group ('all', 'qualifier' or 'order') and value.
+    Extra fields: group ('all' or one of GROUPS) and value. A group in which all pairs are alike is left out, and so are
+    pairs of which the value is not known.
     """
     groups: list[tuple[str, str, list[PairScore]]] = [("all", "", list(scores))]
-    for group in ("qualifier", "order"):
-        values = sorted({getattr(s, group) for s in scores})
-        groups += [(group, v, [s for s in scores if getattr(s, group) == v]) for v in values]
-    found = []
-    for group, value, members in groups:
+    for group, value_of in GROUPS.items():
+        found: dict[Any, list[PairScore]] = {}
+        for score in scores:
+            if (value := value_of(score)) is not None:
+                found.setdefault(value, []).append(score)
+        if len(found) > 1:
+            groups += [(group, _value_name(group, value), found[value]) for value in sorted(found)]
+    rows_ = []
+    for group, name, members in groups:
         for metric in BREAKDOWN_METRICS:
             if group == "all" and metric in METRICS:
                 continue
             values_of = estimate(members, metric, seed)
             if values_of is not None:
-                head = {
-                    "model": model,
-                    "benchmark": benchmark,
-                    "metric": metric,
-                    "group": group,
-                    "value": value,
-                }
-                found.append(head | values_of)
-    return found
+                head = {"model": model, "benchmark": benchmark, "metric": metric, "group": group, "value": name}
+                rows_.append(head | values_of)
+    return rows_
+
+
+# What a pair belongs to, as something that sorts; None where it is not known.
+GROUPS: dict[str, Callable[[PairScore], Hashable]] = {
+    "qualifier": lambda s: s.qualifier,
+    "order": lambda s: s.order,
+    "family": lambda s: s.family,
+    "species": lambda s: s.species,
+    "area": lambda s: None if s.area is None else int(np.searchsorted(AREA_EDGES, s.area, "right")),
+    "direction": lambda s: s.pair.rpartition("_")[2],
+    "distance": lambda s: s.distance,
+}
+
+
+def _value_name(group: str, value: Any) -> str:
+    if group != "area":
+        return str(value)
+    edges = [f"{100 * edge:g}" for edge in AREA_EDGES]
+    if value == 0:
+        return f"under {edges[0]} %"
+    return f"{edges[-1]} % or more" if value == len(edges) else f"{edges[value - 1]} to {edges[value]} %"
 
 
 def compare(
@@ -180,38 +217,96 @@ def compare(
     others: Sequence[PairScore],
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Paired differences model minus baseline over the pairs both have, for the metrics that are means.
+    """Paired differences model minus baseline over the pairs both have, for all METRICS.
 
-    Fields: those of a summary row, baseline, and relative (difference of means / the baseline's mean).
+    Fields: those of a summary row, baseline, relative (difference of means / the baseline's mean; None for ratios,
+    which have no zero) and p, of the two-sided sign-flip test by cluster. `correct` adds p_holm over a whole table.
+
+    Raises UserError if a ratio's denominators differ between the two: they belong to the pair, not to the model.
     """
     found = []
     by_pair = {s.pair: s for s in others if not s.excluded}
     both = [s for s in scores if not s.excluded and s.pair in by_pair]
-    for metric in ("rmse", "ssim", "identification_rate"):
-        column = _TERMS[metric][0][0]
-        paired = [s for s in both if getattr(s, column) is not None and getattr(by_pair[s.pair], column) is not None]
+    for metric in METRICS:
+        used, _ = _TERMS[metric]
+        paired = [s for s in both if all(getattr(t, name) is not None for t in (s, by_pair[s.pair]) for name in used)]
         if not paired:
             continue
-        mine, _, classes = terms(paired, metric)
-        theirs, _, _ = terms([by_pair[s.pair] for s in paired], metric)
-        interval = statistics.paired_difference(mine, theirs, classes, seed=seed)
+        mine, bottom, clusters = terms(paired, metric)
+        theirs, other_bottom, _ = terms([by_pair[s.pair] for s in paired], metric)
+        if not np.allclose(bottom, other_bottom, rtol=1e-9):
+            raise UserError(
+                f"{benchmark}: {metric} of {model} and {baseline} has different denominators, expected those of the "
+                "same pairs and renders; score both anew"
+            )
+        interval = statistics.ratio_interval(mine - theirs, bottom, clusters, seed=seed)
         base = float(theirs.mean())
-        values = _rounded(interval.mean, interval.low, interval.high)
-        relative = round(float(mine.mean() - base) / base, 6) if base else None
+        is_mean = bool(np.all(bottom == 1))
         head: dict[str, Any] = {
             "model": model,
             "baseline": baseline,
             "benchmark": benchmark,
             "metric": metric,
-            "relative": relative,
+            "relative": round(float(mine.mean() - base) / base, 6) if base and is_mean else None,
+            "p": round(statistics.sign_flip_test(mine - theirs, clusters, seed=seed).p, 6),
         }
-        found.append(head | values | {"n": len(paired)})
+        found.append(head | _values(interval))
     return found
 
 
-def _rounded(mean: float, low: float, high: float) -> dict[str, float]:
+def correct(comparisons: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of `compare` with p_holm, their p values adjusted over all rows of the table (Holm 1979)."""
+    adjusted = statistics.holm([row["p"] for row in comparisons])
+    return [row | {"p_holm": round(float(p), 6)} for row, p in zip(comparisons, adjusted, strict=True)]
+
+
+def regressions(
+    scores: Mapping[tuple[str, str], Sequence[PairScore]], models: Sequence[str], seed: int = 0
+) -> list[dict[str, Any]]:
+    """Does one benchmark predict another? A line over the models for each two benchmarks and metric.
+
+    Args:
+        scores: by (benchmark, model).
+        models: the points of the line. Reference points are better left out: two that lie far apart draw any line.
+        seed: of the bootstrap over clusters and models (`statistics.regress`).
+
+    Returns:
+        Rows {x, y, metric, models, slope, intercept, r2, reason}: x and y are benchmarks, models the names of those
+        that have pairs on both, slope, intercept and r2 {mean, low, high, n, clusters, method, reason} or None.
+    """
+    benchmarks = list(dict.fromkeys(benchmark for benchmark, _ in scores))
+    found = []
+    for x, y in itertools.combinations(benchmarks, 2):
+        for metric in METRICS:
+            table = {m: [terms(scores.get((b, m), ()), metric) for b in (x, y)] for m in models}
+            chosen = [m for m in models if all(len(top) for top, _, _ in table[m])]
+            if not chosen:
+                continue
+            line = statistics.regress([table[m][0] for m in chosen], [table[m][1] for m in chosen], seed=seed)
+            parts = {"slope": line.slope, "intercept": line.intercept, "r2": line.r2}
+            head = {"x": x, "y": y, "metric": metric, "models": chosen}
+            found.append(
+                head | {k: None if v is None else _values(v) for k, v in parts.items()} | {"reason": line.reason}
+            )
+    return found
+
+
+def _values(interval: statistics.Interval, bounds: tuple[float, float] | None = None) -> dict[str, Any]:
+    lowest, highest = bounds or (-math.inf, math.inf)
+
     # Six decimals: far below any interval, and no file depends on the last bit of a sum; + 0.0 makes -0 a 0.
-    return {k: round(float(v), 6) + 0.0 for k, v in (("mean", mean), ("low", low), ("high", high))}
+    def rounded(value: float | None) -> float | None:
+        return None if value is None else round(float(value), 6) + 0.0
+
+    return {
+        "mean": rounded(interval.mean),
+        "low": rounded(None if interval.low is None else max(interval.low, lowest)),
+        "high": rounded(None if interval.high is None else min(interval.high, highest)),
+        "n": interval.n,
+        "clusters": interval.clusters,
+        "method": interval.method,
+        "reason": interval.reason,
+    }
 
 
 def text_table(summary: Sequence[dict[str, Any]], markdown: bool = False) -> str:
@@ -244,10 +339,14 @@ def text_table(summary: Sequence[dict[str, Any]], markdown: bool = False) -> str
 
 
 def format_cell(row: dict[str, Any] | None) -> str:
-    """'12.3 [11.9, 12.8]', with digits to suit the metric; '–' where there is no number."""
+    """'12.3 [11.9, 12.8]', with digits to suit the metric; no brackets where there is no interval, '–' where there is
+    no number.
+    """
     if row is None or not math.isfinite(row["mean"]):
         return "–"
     digits = 1 if row["metric"] == "rmse" else 3
+    if row["low"] is None:
+        return f"{row['mean']:.{digits}f}"
     return f"{row['mean']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
 
 

@@ -76,7 +76,7 @@ def write(evaluation: Path, out: Path, run: Path | None = None, gallery: int = 6
     page = string.Template(_asset("page.html")).substitute(
         title="Re-posed birds",
         lead=f"{len(kinds)} models and reference points on {escape(', '.join(names))}: {pairs} pairs. "
-        "Means with 95 % intervals from a bootstrap clustered by class.",
+        "Means with 95 % intervals clustered by class.",
         navigation="".join(f'<a href="#{id}">{escape(title)}</a>' for id, title, _ in sections),
         sections="".join(
             f'<section id="{id}"><h2>{escape(title)}</h2>{body}</section>' for id, title, body in sections
@@ -168,8 +168,10 @@ def _cell(row: Mapping[str, Any] | None, bold: bool = False) -> str:
     if row is None or not math.isfinite(row["mean"]):
         return "–"
     digits = 1 if row["metric"] == "rmse" else 3
-    mean, low, high = (f"{row[k]:.{digits}f}".replace("-", "−") for k in ("mean", "low", "high"))
-    return f"{f'<b>{mean}</b>' if bold else mean}<small>[{low}, {high}]</small>"
+    known = [k for k in ("mean", "low", "high") if row[k] is not None]
+    mean, *ends = (f"{row[k]:.{digits}f}".replace("-", "−") for k in known)
+    interval = f"[{', '.join(ends)}]" if ends else "no interval"
+    return f"{f'<b>{mean}</b>' if bold else mean}<small>{interval}</small>"
 
 
 def interval_plots(rows: Rows, kinds: Mapping[str, str]) -> str:
@@ -195,7 +197,7 @@ def differences(comparisons: Rows) -> str:
         return ""
     lines = []
     for row in comparisons:
-        clear = row["low"] > 0 or row["high"] < 0
+        clear = row["low"] is not None and (row["low"] > 0 or row["high"] < 0)
         relative = "" if row["relative"] is None else f"{100 * row['relative']:+.1f} %".replace("-", "−")
         lines.append(
             f"<tr><td>{escape(row['benchmark'])}</td><td>{escape(row['model'])}</td>"

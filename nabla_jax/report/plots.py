@@ -14,8 +14,10 @@ def intervals(rows: Sequence[dict[str, Any]], kinds: Sequence[str], marks: Seque
     """One line per row: the mean as a dot, its interval as a bar, the model's name at the left.
 
     `rows` are summary rows of one benchmark and metric, `kinds` a CSS class per row ('model', 'bound' or
-    'reference'); `marks` are values drawn as dashed verticals, such as chance.
+    'reference'); a row without an interval (low None) is a dot alone; `marks` are values drawn as dashed
+    verticals, such as chance.
     """
+    rows = [r if r["low"] is not None else dict(r) | {"low": r["mean"], "high": r["mean"]} for r in rows]
     ends = [v for r in rows for v in (r["low"], r["high"], r["mean"])] + list(marks)
     ticks = nice_ticks(min(ends), max(ends))
     low, high = min(ticks[0], *ends), max(ticks[-1], *ends)
