@@ -19,8 +19,26 @@ import numpy as np
 from nabla_jax.errors import UserError
 from nabla_jax.metrics import identity, statistics
 
-METRICS = ("rmse", "ssim", "normalised_identity", "subject_effect", "identification_rate")
-LOWER_IS_BETTER = frozenset({"rmse"})
+METRICS = (
+    "rmse",
+    "ssim",
+    "normalised_identity",
+    "subject_effect",
+    "identification_rate",
+    "lpips",
+    "dinov2",
+    "siglip",
+    "lpips_box",
+    "dinov2_box",
+    "siglip_box",
+    "dinov2_subject",
+    "siglip_subject",
+    "patch_precision",
+    "patch_recall",
+    "retrieval_rate",
+    "mask_iou",
+)
+LOWER_IS_BETTER = frozenset({"rmse", "lpips", "lpips_box"})
 BREAKDOWN_METRICS = (
     "rmse",
     "normalised_identity",
@@ -39,6 +57,12 @@ class PairScore:
     subject; `sibling_error` and `sibling_plumage_error` are the wrong birds' renders against it. `rank` is
     the right species' place among `lineup` species. `pixels` counts the mask. `excluded` says why a pair does
     not count ('' if it does).
+
+    Of the networks: ``lpips`` (distance), ``dinov2`` and ``siglip`` (cosines) compare with the target, masked, as the
+    published evaluation does; ``*_box`` with both birds cut out; ``*_subject`` the cut-outs of the generated bird and
+    the subject; ``patch_precision`` and ``patch_recall`` their foreground patches (``metrics.patches``).
+    ``retrieval_rank`` is the place of the true class among ``retrieval_classes`` siblings (``metrics.retrieval``).
+    ``mask_iou`` compares the generated bird's mask, where there is one, with the target's.
     """
 
     pair: str
@@ -58,6 +82,19 @@ class PairScore:
     rank: int | None = None
     lineup: int | None = None
     excluded: str = ""
+    lpips: float | None = None
+    dinov2: float | None = None
+    siglip: float | None = None
+    lpips_box: float | None = None
+    dinov2_box: float | None = None
+    siglip_box: float | None = None
+    dinov2_subject: float | None = None
+    siglip_subject: float | None = None
+    patch_precision: float | None = None
+    patch_recall: float | None = None
+    retrieval_rank: int | None = None
+    retrieval_classes: int | None = None
+    mask_iou: float | None = None
 
 
 _TYPES = typing.get_type_hints(PairScore)
@@ -75,15 +112,17 @@ def to_csv(scores: Iterable[PairScore]) -> str:
 
 
 def from_csv(path: pathlib.Path) -> list[PairScore]:
-    """Inverse of `to_csv` on a file. Raises UserError naming file and line."""
-    scores = []
-    with path.open(newline="") as stream:
-        for row in csv.DictReader(stream):
-            try:
-                scores.append(PairScore(**{name: _parse(_TYPES[name], row[name]) for name in _FIELDS}))
-            except (KeyError, TypeError, ValueError) as error:
-                raise UserError(f"{path}: damaged ({error}), delete it to have it made again") from error
-    return scores
+    """Inverse of `to_csv` on a file. Raises UserError naming the file."""
+    try:
+        return parse_csv(path.read_text())
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error}), delete it to have it made again") from error
+
+
+def parse_csv(text: str) -> list[PairScore]:
+    """Inverse of `to_csv`. Raises KeyError, TypeError or ValueError for other text."""
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    return [PairScore(**{name: _parse(_TYPES[name], row[name]) for name in _FIELDS}) for row in rows]
 
 
 def _parse(kind: Any, text: str) -> Any:
@@ -132,6 +171,12 @@ _TERMS: dict[str, tuple[tuple[str, ...], Callable[..., tuple[np.ndarray, np.ndar
     ),
     "subject_effect": (("right_error", "shuffled_error", "sibling_error"), identity.subject_effect_terms),
     "identification_rate": (("rank",), lambda rank: _mean((rank == 1).astype(float))),
+    **{
+        name: ((name,), _mean)
+        for name in METRICS
+        if name.startswith(("lpips", "dinov2", "siglip", "patch_")) or name == "mask_iou"
+    },
+    "retrieval_rate": (("retrieval_rank",), lambda rank: _mean((rank == 1).astype(float))),
 }
 
 
