@@ -48,6 +48,7 @@ T = TypeVar("T")
 
 REFERENCES = ("flat-colour", "copy-target", "paste-subject", "same-class", "sibling-class")
 BASELINE = "untuned"
+NO_NETWORKS = configs.Metrics()
 VERSION = 2  # of the numbers: raise it when a metric changes, so that no stored score is reused
 
 
@@ -111,7 +112,7 @@ def evaluate(
     workers: int = 2,
     limit: int | None = None,
     allow_missing: bool = False,
-    networks: configs.Metrics = configs.Metrics(),
+    networks: configs.Metrics = NO_NETWORKS,
 ) -> list[dict[str, Any]]:
     """Scores every picture set on every benchmark, writes the results below `out`, returns the summary's
     rows.
@@ -190,7 +191,8 @@ class Benchmark:
 
     @functools.cached_property
     def _siblings(self) -> dict[int, list[int]]:
-        return {pair.class_id: retrieval.siblings(self.dataset, self._target(pair)) for pair in self.pairs}
+        leaves, targets = retrieval.leaves(self.dataset), {pair.class_id: pair.target_id for pair in self.pairs}
+        return {c: retrieval.siblings(leaves, self.dataset.by_id[target]) for c, target in targets.items()}
 
     @functools.cached_property
     def _galleries(self) -> dict[int, list[str]]:
@@ -204,9 +206,6 @@ class Benchmark:
         ids = {c: self._galleries[c] for c in self._siblings[pair.class_id]}
         own = {c: retrieval.members(found, pair.subject_id, pair.target_id) for c, found in ids.items()}
         return own if len(own) > 1 else {}
-
-    def _target(self, pair: Pair) -> Example:
-        return self.dataset.by_id[pair.target_id]
 
     @functools.cached_property
     def groups(self) -> dict[tuple[str, ...], dict[str, list[str]]]:

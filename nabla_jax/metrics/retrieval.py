@@ -19,14 +19,23 @@ Array = np.ndarray[Any, Any]
 PER_CLASS = 8
 
 
-def siblings(dataset: Dataset, example: Example) -> list[int]:
+def leaves(dataset: Dataset) -> list[Example]:
+    """One example of each class that has a picture with a mask."""
+    first: dict[int, Example] = {}
+    for example in dataset.examples:
+        if example.mask is not None:
+            first.setdefault(example.class_id, example)
+    return list(first.values())
+
+
+def siblings(leaves: Sequence[Example], example: Example) -> list[int]:
     """Class ids of the nearest taxonomic group above ``example`` that has another species, its own among them.
 
-    Its own alone where the data set has a single species. Classes without a picture that has a mask are left out.
+    Its own alone where there is a single species. ``leaves`` is one example of each class.
     """
     for depth in range(len(example.taxonomy) - 1, -1, -1):
         node = example.taxonomy[:depth]
-        members = [e for e in dataset.examples if e.taxonomy[:depth] == node and e.mask is not None]
+        members = [e for e in leaves if e.taxonomy[:depth] == node]
         if any(e.species != example.species for e in members):
             return sorted({e.class_id for e in members} | {example.class_id})
     return [example.class_id]
