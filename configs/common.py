@@ -130,6 +130,6 @@ def toy(config: ConfigDict) -> ConfigDict:
     config.metrics.dinov2 = "asset:toy-dinov2"
     config.metrics.siglip = config.metrics.patches = "asset:toy-siglip"
     config.metrics.lpips = "asset:toy-lpips"
-    config.metrics.box = 64
+    config.metrics.box = 32
     config.preview = "make demo"
     return config

@@ -122,8 +122,8 @@ class Lpips(nnx.Module):
             x = convolve_nhwc(module, x) if isinstance(module, Conv2d) else module(x)
             if isinstance(module, MaxPool):
                 sizes = None if sizes is None else sizes // 2
-            elif isinstance(module, Relu):
-                # What a convolution brings in from outside would come back with the next one.
+            if not isinstance(module, Conv2d):
+                # What a convolution, or pooling of an odd side, leaves outside would come back with the next one.
                 x = _keep(x, sizes)
             if index in self.taps:
                 found.append(x)
