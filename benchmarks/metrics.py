@@ -87,20 +87,42 @@ def ours(networks: nets.Networks, pairs: Sequence[Pair]) -> dict[str, np.ndarray
     return found
 
 
-def rates(sides: dict[str, Callable[[Sequence[Pair]], object]], pairs: Sequence[Pair], batch: int) -> dict[str, float]:
-    """Pictures per second of each side, two pictures a pair; batches take turns, the first of each size is left out."""
+@dataclasses.dataclass
+class Clock:
+    """What one side took: wall-clock and processor seconds, the latter of all threads."""
+
+    wall: float = 0.0
+    processor: float = 0.0
+
+    def add(self, run: Callable[[], object]) -> None:
+        """Runs and counts it."""
+        began = time.perf_counter(), time.process_time()
+        run()
+        self.wall += time.perf_counter() - began[0]
+        self.processor += time.process_time() - began[1]
+
+
+def race(sides: dict[str, Callable[[Sequence[Pair]], object]], pairs: Sequence[Pair], batch: int) -> str:
+    """Both sides over all pairs: batches take turns after one each that does not count. A line of results."""
     for run in sides.values():
         run(pairs[:batch])
-    seconds = dict.fromkeys(sides, 0.0)
+    clocks = {name: Clock() for name in sides}
+    line = ""
     for start in range(0, len(pairs), batch):
+        part = pairs[start : start + batch]
         order = list(sides.items())
         for name, run in order if start // batch % 2 else order[::-1]:
-            began = time.perf_counter()
-            run(pairs[start : start + batch])
-            seconds[name] += time.perf_counter() - began
-        done = 2 * min(start + batch, len(pairs))
-        print(f"{done} pictures:", {name: round(done / s, 2) for name, s in seconds.items()}, flush=True)
-    return {name: 2 * len(pairs) / s for name, s in seconds.items()}
+            clocks[name].add(lambda run=run, part=part: run(part))
+        done = 2 * (start + len(part))
+        rates = [
+            f"{n} {done / c.wall:.2f} pictures/s ({done / c.processor:.2f} a processor second)"
+            for n, c in clocks.items()
+        ]
+        mine, theirs = clocks.values()
+        ratio = f"ratio {theirs.wall / mine.wall:.2f} ({theirs.processor / mine.processor:.2f})"
+        line = f"{done} pictures: {', '.join(rates)}, {ratio}"
+        print(line, flush=True)
+    return line
 
 
 def world_pairs(root: Path, count: int) -> list[Pair]:
@@ -149,8 +171,7 @@ def main() -> None:
             networks, published = load(folders_of(size, Path(scratch)), options.batch)
             pairs = random_pairs(options.pictures // 2, 48 if size == "toy" else options.side)
             sides = {"nabla_jax": lambda p, n=networks: ours(n, p), "PyTorch": published}
-            found = rates(sides, pairs, options.batch)
-            print(f"{size}: {found}, ratio {found['nabla_jax'] / found['PyTorch']:.2f}", flush=True)
+            print(f"{size}: {race(sides, pairs, options.batch)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -58,16 +58,14 @@ class TorchMetrics:
     @torch.inference_mode()
     def __call__(self, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
         """The four numbers, [pairs] each. Pictures of one size go through LPIPS together."""
-        sides = [[picture * mask[..., None] for picture, mask in zip(side, masks, strict=True)]
-                 for *side_, masks in [tuple(zip(*pairs, strict=True))] for side in side_]  # fmt: skip
+        sides = [[np.where(pair[2][..., None], pair[k], np.uint8(0)) for pair in pairs] for k in range(2)]
         both = sides[0] + sides[1]
-        found = {
+        return {
             "dinov2": self._cosines(self.of_dinov2, lambda x: self.dinov2(x).last_hidden_state[:, 0], both),
             "siglip": self._cosines(self.of_siglip, lambda x: self.siglip(x).pooler_output, both),
             "lpips": self._distances(*sides),
             "rmse": np.array([_rmse(*pair) for pair in pairs]),
         }
-        return found
 
     @staticmethod
     def _cosines(processor: Any, features: Any, pictures: Sequence[np.ndarray]) -> np.ndarray:

@@ -345,7 +345,7 @@ def config(world, tmp_path):
     path.write_text(
         "from configs import omk_fill\n\n\ndef get_config(arg=''):\n    config = omk_fill.get_config(arg)\n"
         f"    config.benchmarks = {{'ellipses': {str(world / 'birds')!r}}}\n"
-        "    config.sample.seed = 0\n    return config\n"
+        "    config.metrics = {}\n    config.sample.seed = 0\n    return config\n"
     )
     return path
 
