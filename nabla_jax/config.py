@@ -148,7 +148,9 @@ class Config:
     optim: Optim
     train: Train
     sample: Sample = Sample()
-    benchmarks: dict[str, str] = dataclasses.field(default_factory=dict)  # name -> dataset folder
+    benchmarks: dict[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # name -> dataset folder, or a pair list in one
     metrics: Metrics = Metrics()
     preview: str = ""  # a command that shows the same run at a size that needs nothing
     source: str = ""  # the file and argument it was read from; filled in by load
@@ -540,7 +542,7 @@ def _benchmark_problems(config: Config, names: Sequence[str] | None) -> list[str
             known = ", ".join(config.benchmarks) or "none"
             raise UserError(f"{config.source}: unknown benchmark {name}, configured are {known}")
         root = Path(config.benchmarks[name])
-        if not root.is_dir():
+        if not root.exists():
             obtain = f": {config.data.obtain}" if config.data.obtain else ""
             problems.append(f"the benchmark {name} (found nothing at {root}, expected a dataset folder){obtain}")
     return problems

@@ -35,7 +35,7 @@ from nabla_jax import assets, runs
 from nabla_jax import config as configs
 from nabla_jax.data import read_dataset
 from nabla_jax.data.dataset import Dataset, Example
-from nabla_jax.data.pairs import Pair, benchmark_pairs, duplicate_rows, shuffled_subjects
+from nabla_jax.data.pairs import Pair, benchmark_pairs, duplicate_rows, shuffled_subjects, split_list, spread
 from nabla_jax.data.taxonomy import qualifier
 from nabla_jax.errors import UserError
 from nabla_jax.hashing import file_sha256
@@ -94,7 +94,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--benchmark", action="append", default=[], metavar="NAME", help="only this one; repeatable")
     add("--out", required=True, type=Path, help="folder for the results")
-    add("--limit", type=int, help="only the first N pairs of each benchmark, as generate --limit")
+    add("--limit", type=int, help="only N pairs of each benchmark, those of generate --limit")
     add("--allow_missing", action="store_true", help="score what is there instead of stopping")
     add("--report", action="store_true", help="also write the static report into --out")
     add("--run", type=Path, help="training run whose loss curve the report shows")
@@ -176,7 +176,9 @@ def _gather(text: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """A dataset folder as a benchmark. `fingerprint` changes with anything that could change a score."""
+    """A dataset folder, or a pair list in one, as a benchmark. `fingerprint` changes with anything that could change a
+    score.
+    """
 
     root: Path
     dataset: Dataset
@@ -220,11 +222,11 @@ class Benchmark:
 
 @functools.cache
 def open_benchmark(root: Path, limit: int | None = None) -> Benchmark:
-    """Reads the lists of a dataset folder, no pictures. Raises UserError, also if a bird of a pair has no
-    mask.
+    """Reads the lists of a dataset folder, or a list in one, no pictures. Raises UserError, also if a bird of a pair
+    has no mask.
     """
-    dataset = read_dataset(root)
-    pairs = tuple(benchmark_pairs(root, dataset)[:limit])
+    dataset = read_dataset(split_list(root)[0])
+    pairs = tuple(spread(benchmark_pairs(root, dataset), limit))
     if not pairs:
         raise UserError(f"{root}: found no benchmark pair, expected at least one")
     used = sorted({i for pair in pairs for i in (pair.subject_id, pair.target_id)})
@@ -234,7 +236,7 @@ def open_benchmark(root: Path, limit: int | None = None) -> Benchmark:
             f"{root}: found no mask for {len(bare)} of {len(used)} pictures of the benchmark's pairs, "
             f"the first is {bare[0]} ({dataset.by_id[bare[0]].image})"
         )
-    return Benchmark(root, dataset, pairs, oracle.open_oracle(root), _fingerprint(dataset, pairs))
+    return Benchmark(root, dataset, pairs, oracle.open_oracle(dataset.root), _fingerprint(dataset, pairs))
 
 
 def _fingerprint(dataset: Dataset, pairs: Sequence[Pair]) -> str:
@@ -745,7 +747,7 @@ def _about_benchmark(
     name: str, benchmark: Benchmark, scores: Mapping[tuple[str, str], list[PairScore]]
 ) -> dict[str, Any]:
     excluded = {s.pair: s.excluded for (b, _), found in scores.items() if b == name for s in found if s.excluded}
-    path = benchmark.root / oracle.FILE
+    path = benchmark.dataset.root / oracle.FILE
     return {
         "name": name,
         "root": str(benchmark.root),

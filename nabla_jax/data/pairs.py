@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from nabla_jax.data import inaturalist, nabirds
+from nabla_jax.data import clips, inaturalist, nabirds
 from nabla_jax.data.dataset import Dataset, Example
 from nabla_jax.errors import UserError
 
@@ -44,17 +44,18 @@ class Pair:
 def benchmark_pairs(root: str | os.PathLike[str], dataset: Dataset | None = None) -> list[Pair]:
     """The pair list of a dataset folder, each row in both directions, in the list's order.
 
-    Repeated rows are kept, since published numbers count them; ``duplicate_rows`` counts them and a line is
-    logged. ``dataset`` saves reading the folder again.
+    ``root`` may also be another list in such a folder, for example of strictly unseen species. Clips without a list
+    are paired by ``clips.frame_pairs``. Repeated rows are kept, since published numbers count them; ``duplicate_rows``
+    counts them and a line is logged. ``dataset`` saves reading the folder again.
 
     Raises UserError naming file and line for a malformed row or a picture that is not in the folder.
     """
     from nabla_jax.data import read_dataset
 
-    root = Path(root)
-    dataset = read_dataset(root) if dataset is None else dataset
+    folder, path = split_list(root)
+    dataset = read_dataset(folder) if dataset is None else dataset
     pairs = []
-    for number, first, second in _nabirds_rows(root, dataset) if nabirds.is_layout(root) else _inat_rows(root):
+    for number, first, second in _rows(folder, path, dataset):
         class_id = dataset.by_id[second].class_id
         pairs += [
             Pair(f"{number}_1in2", first, second, class_id),
@@ -66,14 +67,47 @@ def benchmark_pairs(root: str | os.PathLike[str], dataset: Dataset | None = None
     return pairs
 
 
+def split_list(path: str | os.PathLike[str]) -> tuple[Path, Path | None]:
+    """(dataset folder, None), or (its folder, the list) where ``path`` is a pair list in it."""
+    path = Path(path)
+    return (path.parent, path) if path.is_file() else (path, None)
+
+
+def spread(pairs: Sequence[Pair], limit: int | None) -> list[Pair]:
+    """``limit`` pairs for a quick look, as many classes as possible, in the list's order; all where it is None.
+
+    The choice is fixed and a smaller one is part of a larger one. Both directions of a row come together, but for the
+    last one of an odd limit.
+    """
+    if limit is None:
+        return list(pairs)
+    rows: dict[int, dict[str, list[int]]] = {}
+    for position, pair in enumerate(pairs):
+        rows.setdefault(pair.class_id, {}).setdefault(pair.key.rpartition("_")[0], []).append(position)
+    drawn = []
+    for of_class in rows.values():
+        order = sorted((_fold(0, pairs[found[0]].subject_id, pairs[found[0]].target_id), found)
+                       for found in of_class.values())  # fmt: skip
+        drawn += [(turn, draw, found) for turn, (draw, found) in enumerate(order)]
+    chosen = [position for _, _, found in sorted(drawn) for position in found][:limit]
+    return [pairs[position] for position in sorted(chosen)]
+
+
+def _rows(folder: Path, path: Path | None, dataset: Dataset) -> list[tuple[int, str, str]]:
+    if inaturalist.is_layout(folder):
+        return _inat_rows(folder, path)
+    if path is None and not (folder / "pairs.csv").is_file() and clips.is_layout(folder):
+        return [(number, *pair) for number, pair in enumerate(clips.frame_pairs(dataset))]
+    return _class_rows(folder, path or folder / "pairs.csv", dataset)
+
+
 def duplicate_rows(pairs: Sequence[Pair]) -> int:
     """How many rows repeat an earlier one, in either order of its two pictures."""
     forward = Counter(frozenset((p.subject_id, p.target_id)) for p in pairs if p.key.endswith("_1in2"))
     return sum(count - 1 for count in forward.values())
 
 
-def _nabirds_rows(root: Path, dataset: Dataset) -> list[tuple[int, str, str]]:
-    path = root / "pairs.csv"
+def _class_rows(root: Path, path: Path, dataset: Dataset) -> list[tuple[int, str, str]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file, expected a list of pairs with columns class_id,image_1,image_2")
     numbered = list(nabirds.lines(path))
@@ -106,11 +140,12 @@ def _nabirds_rows(root: Path, dataset: Dataset) -> list[tuple[int, str, str]]:
     return found
 
 
-def _inat_rows(root: Path) -> list[tuple[int, str, str]]:
-    found = [(row.number, row.id("image_1"), row.id("image_2")) for row in inaturalist.rows(root)]
+def _inat_rows(root: Path, path: Path | None) -> list[tuple[int, str, str]]:
+    found = [(row.number, row.id("image_1"), row.id("image_2")) for row in inaturalist.rows(root, path)]
     for number, first, second in found:
         if first == second:
-            raise UserError(f"{inaturalist.list_path(root)}: row {number}: image_1 and image_2 are one picture")
+            where = path or inaturalist.list_path(root)
+            raise UserError(f"{where}: row {number}: image_1 and image_2 are one picture")
     return found
 
 
