@@ -540,7 +540,8 @@ class _Judge:
             found = perception.score(
                 self.networks, cases, self.real[name], read, f"{inputs} {model} {self.seed}", cache, bar
             )
-        return [dataclasses.replace(score, **found.get(score.pair, {})) for score in scores]
+        columns: Mapping[str, Mapping[str, Any]] = found
+        return [dataclasses.replace(score, **columns.get(score.pair, {})) for score in scores]
 
     def _case(self, benchmark: Benchmark, model: str, pair: Pair, job: Job) -> Any:
         from nabla_jax.metrics import perception

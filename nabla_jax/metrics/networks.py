@@ -171,7 +171,7 @@ def _describe_batch(
     for name, encoder in (("dinov2", networks.dinov2), ("siglip", networks.siglip)):
         if encoder is not None and name in wanted:
             pooled, _ = encoder.run(_padded(encoder.whole([bird.whole for bird in birds]), networks.batch))
-            yield name, _unit(pooled[: len(birds)])
+            yield name, list(_unit(pooled[: len(birds)]))
     boxed: dict[int, tuple[Array, Any]] = {}
     users = {"dinov2_box": networks.dinov2, "siglip_box": networks.siglip, PATCHES: networks.patches}
     for name, encoder in users.items():
@@ -182,7 +182,7 @@ def _describe_batch(
             boxed[id(encoder)] = encoder.run(_padded(encoder.box([bird.box for bird in birds]), networks.batch))
         pooled, patches = boxed[id(encoder)]
         if name != PATCHES:
-            yield name, _unit(pooled[: len(birds)])
+            yield name, list(_unit(pooled[: len(birds)]))
             continue
         chosen = [foreground_patches(patch_shares(bird.inside, encoder.grid)) for bird in birds]
         vectors = np.asarray(patches)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -128,8 +129,8 @@ def _score_batch(
     resized_found = iter(nets.describe(networks, resized, (*nets.WHOLE, *nets.BOX)) if resized else [])
     rows: dict[str, dict[str, float | int]] = {}
     for (case, _, _, same), mine in zip(shown, made, strict=True):
-        target = real[case.target_id] if same else next(resized_found)
-        rows[case.pair] = _compare(case, mine, target, real)
+        of_target = real[case.target_id] if same else next(resized_found)
+        rows[case.pair] = _compare(case, mine, of_target, real)
     if networks.lpips is not None:
         sides = [bird for _, bird, _, _ in shown], [bird for _, _, bird, _ in shown]
         for name, distances in (
@@ -170,7 +171,8 @@ def _bird(picture: Array, mask: Array) -> MaskedBird | None:
 
 def _left(generated: Array, mask: Array) -> bool:
     """Whether the mask has a pixel left at the generated picture's size."""
-    return bool(resize(mask, *generated.shape[:2], "nearest").any())
+    height, width = generated.shape[:2]
+    return bool(resize(mask, height, width, "nearest").any())
 
 
 def _read_ahead(cases: Sequence[Case], read: Reader) -> Iterator[tuple[Array, Array, Array]]:
@@ -194,7 +196,7 @@ def _share(
     own = []
     for batch in processes.own_share(batches):
         name = hashlib.sha256(json.dumps(key(batch)).encode()).hexdigest()[:32]
-        own.append(_cached(cache / f"{name}.npz", lambda batch=batch: make(batch)))
+        own.append(_cached(cache / f"{name}.npz", functools.partial(make, batch)))
         bar.update(len(batch))
     if len(own) == len(batches):
         return own

@@ -21,5 +21,6 @@ def mask_iou(generated: Array, target: Array) -> float | None:
     target = foreground(target)
     if not target.any():
         return None
-    generated = resize(foreground(generated), *target.shape, "nearest")
+    height, width = target.shape
+    generated = resize(foreground(generated), height, width, "nearest")
     return float((generated & target).sum() / (generated | target).sum())
