@@ -130,10 +130,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 cells = [str(clusters), sizes, errors, *shares, f"{found.width:.3g}", *rest]
                 print(f"| {' | '.join(cells)} |", flush=True)
                 covered.setdefault(clusters, []).append(found.inside)
-    for clusters, shares in covered.items():
+    for clusters, insides in covered.items():
         print(
-            f"{clusters} clusters: {100 * np.mean(shares):.1f} % on average, "
-            f"{100 * min(shares):.1f} to {100 * max(shares):.1f} %"
+            f"{clusters} clusters: {100 * np.mean(insides):.1f} % on average, "
+            f"{100 * min(insides):.1f} to {100 * max(insides):.1f} %"
         )
 
 

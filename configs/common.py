@@ -18,6 +18,12 @@ NABIRDS = (
     "make them"
 )
 
+METRICS = (
+    "`hf download facebook/dinov2-base --local-dir checkpoints/dinov2-base`, the same for "
+    "google/siglip-base-patch16-224 and google/siglip2-base-patch16-224 (2 GB), and checkpoints/lpips-vgg16 as "
+    "docs/networks.md tells"
+)
+
 
 def sizes(arg: str, known: tuple[str, ...]) -> set[str]:
     """The sizes named in a configuration's argument, a comma-separated list."""
@@ -81,6 +87,15 @@ def omini() -> ConfigDict:
                 "ema": 0.0,
             },
             "sample": {"steps": 28, "guidance": 2.5, "seed": 42, "batch": 4},
+            "metrics": {
+                "dinov2": "checkpoints/dinov2-base",
+                "siglip": "checkpoints/siglip-base-patch16-224",
+                "patches": "checkpoints/siglip2-base-patch16-224",
+                "lpips": "checkpoints/lpips-vgg16",
+                "batch": 32,
+                "box": 224,
+                "obtain": METRICS,
+            },
             "preview": PREVIEW,
         }
     )
@@ -131,5 +146,9 @@ def toy(config: ConfigDict) -> ConfigDict:
     config.train.ema = 0.99
     config.sample.steps = 12
     config.sample.batch = 32
+    config.metrics.dinov2 = "asset:toy-dinov2"
+    config.metrics.siglip = config.metrics.patches = "asset:toy-siglip"
+    config.metrics.lpips = "asset:toy-lpips"
+    config.metrics.box = 32
     config.preview = "make demo"
     return config

@@ -113,6 +113,28 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True)
+class Metrics:
+    """The networks that judge pictures: folders in their published layouts, or asset:NAME; empty: none.
+
+    Metrics of a network that is not named are left out.
+    """
+
+    dinov2: str = ""
+    siglip: str = ""
+    patches: str = ""  # a SigLIP or SigLIP 2 for patch matching
+    lpips: str = ""
+    batch: int = 32  # pictures at a time
+    box: int = 224  # side in pixels that LPIPS sees a cut-out bird at
+    obtain: str = ""  # told to a user who does not have them
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """Network -> folder, of those that are named."""
+        named = {name: getattr(self, name) for name in ("dinov2", "siglip", "patches", "lpips")}
+        return {name: path for name, path in named.items() if path}
+
+
+@dataclasses.dataclass(frozen=True)
 class Sample:
     """How pictures are drawn, by generate and inside training."""
 
@@ -158,7 +180,8 @@ class Config:
     train: Train
     sample: Sample = Sample()
     extract: Extract = Extract()
-    benchmarks: dict[str, str] = dataclasses.field(default_factory=dict)  # name -> dataset folder
+    benchmarks: dict[str, str] = dataclasses.field(default_factory=dict)  # name -> dataset folder, or pair list in one
+    metrics: Metrics = Metrics()
     preview: str = ""  # a command that shows the same run at a size that needs nothing
     source: str = ""  # the file and argument it was read from; filled in by load
 
@@ -470,6 +493,9 @@ def _check_ranges(config: Config, where: str) -> None:
     for key in nonnegative.split():
         if not flat[key] >= 0:
             raise UserError(f"{where}: {key}: found {flat[key]!r}, expected 0 or more")
+    for name, least in (("batch", 1), ("box", 16)):
+        if not flat[f"metrics.{name}"] >= least:
+            raise UserError(f"{where}: metrics.{name}: found {flat[f'metrics.{name}']!r}, expected {least} or more")
     if not 0 <= config.train.ema < 1:
         raise UserError(f"{where}: train.ema: found {config.train.ema!r}, expected a number from 0 to below 1")
     if not all(0 <= beta < 1 for beta in config.optim.betas):
@@ -505,6 +531,8 @@ def check_inputs(config: Config, verb: Verb, benchmarks: Sequence[str] | None = 
         wanted += _data_problem(config)
     if verb in ("generate", "evaluate"):
         wanted += _benchmark_problems(config, benchmarks)
+    if verb == "evaluate":
+        wanted += _metrics_problems(config)
     if wanted:
         missing = "; ".join(f"({i}) {text}" for i, text in enumerate(wanted, 1))
         preview = f"; to see it run now, without any of these: {config.preview}" if config.preview else ""
@@ -514,6 +542,10 @@ def check_inputs(config: Config, verb: Verb, benchmarks: Sequence[str] | None = 
             f"data.prepared: found no {prepared}, expected the folder that prepare writes; run "
             f"python -m nabla_jax.prepare --config {config.source}"
         )
+    if verb == "evaluate" and config.metrics.folders:
+        from nabla_jax.metrics import networks
+
+        networks.check_networks(config.metrics)
     if verb in ("prepare", "train", "generate"):
         from nabla_jax.checkpoints import pipeline
 
@@ -552,7 +584,23 @@ def _benchmark_problems(config: Config, names: Sequence[str] | None) -> list[str
             known = ", ".join(config.benchmarks) or "none"
             raise UserError(f"{config.source}: unknown benchmark {name}, configured are {known}")
         root = Path(config.benchmarks[name])
-        if not root.is_dir():
+        if not root.exists():
             obtain = f": {config.data.obtain}" if config.data.obtain else ""
             problems.append(f"the benchmark {name} (found nothing at {root}, expected a dataset folder){obtain}")
     return problems
+
+
+def _metrics_problems(config: Config) -> list[str]:
+    from nabla_jax import assets
+
+    absent = []
+    for name, path in config.metrics.folders.items():
+        folder = assets.resolve(path)
+        if not (folder / "config.json").is_file():
+            found = "a folder without config.json" if folder.is_dir() else "nothing"
+            absent.append(f"metrics.{name} (found {found} at {folder})")
+    if not absent:
+        return []
+    obtain = f": {config.metrics.obtain}" if config.metrics.obtain else ""
+    first = absent[0].split(" ")[0]
+    return [f"networks that judge pictures: {', '.join(absent)}{obtain}; --config.{first}= leaves its metrics out"]

@@ -3,10 +3,11 @@
     python -m nabla_jax.evaluate --config configs/omk_fill.py --pictures untuned=pictures/untuned \
         --pictures demo=pictures/demo --out reports/demo
 
-Reads the folders that `generate` wrote, never a model. Beside the given sets every table holds reference
-points made here (REFERENCES). Writes summary.json, summary.md, comparisons.json, breakdown.json,
-regressions.json, evaluation.json and one CSV per benchmark and set; --out/cache holds the oracle's pictures.
-Everything is reused by a later run on the same inputs.
+Reads the folders that `generate` wrote, never a model that generates; `config.metrics` names the networks that
+judge. Beside the given sets every table holds reference points made here (REFERENCES). Writes summary.json,
+summary.md, comparisons.json, breakdown.json, regressions.json, evaluation.json and one CSV per benchmark and set;
+--out/cache holds the oracle's pictures and what the networks said. Everything is reused by a later run on the same
+inputs. Several processes (NABLA_COORDINATOR) share the work; the first writes the tables.
 """
 
 from __future__ import annotations
@@ -30,15 +31,16 @@ from typing import Any, TypeVar
 import numpy as np
 
 import nabla_jax
+from nabla_jax import assets, runs
 from nabla_jax import config as configs
-from nabla_jax import runs
 from nabla_jax.data import read_dataset
 from nabla_jax.data.dataset import Dataset, Example
-from nabla_jax.data.pairs import Pair, benchmark_pairs, duplicate_rows, shuffled_subjects
+from nabla_jax.data.pairs import Pair, benchmark_pairs, duplicate_rows, shuffled_subjects, split_list, spread
 from nabla_jax.data.taxonomy import qualifier, species_name
 from nabla_jax.errors import UserError
+from nabla_jax.hashing import file_sha256
 from nabla_jax.images import read_mask, read_rgb
-from nabla_jax.metrics import identity, oracle, pixels, references, summary
+from nabla_jax.metrics import identity, oracle, pixels, pose, references, retrieval, summary
 from nabla_jax.metrics.summary import PairScore
 
 Array = np.ndarray[Any, Any]
@@ -46,12 +48,17 @@ T = TypeVar("T")
 
 REFERENCES = ("flat-colour", "copy-target", "paste-subject", "same-class", "sibling-class")
 BASELINE = "untuned"
+NO_NETWORKS = configs.Metrics()
 VERSION = 2  # of the numbers: raise it when a metric changes, so that no stored score is reused
 
 
 def main(argv: Sequence[str]) -> None:
     """The command."""
     config, arguments = configs.parse_command(argv, "Scores pictures against benchmarks.", _add_arguments)
+    if _several():
+        from nabla_jax.parallel import processes
+
+        processes.initialize()
     pictures = _named_folders(arguments.pictures)
     names = arguments.benchmark or list(config.benchmarks)
     configs.check_inputs(config, "evaluate", names)
@@ -65,7 +72,10 @@ def main(argv: Sequence[str]) -> None:
         workers=arguments.workers,
         limit=arguments.limit,
         allow_missing=arguments.allow_missing,
+        networks=config.metrics,
     )
+    if not _is_first():
+        return
     if arguments.report:
         from nabla_jax import report
 
@@ -84,7 +94,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--benchmark", action="append", default=[], metavar="NAME", help="only this one; repeatable")
     add("--out", required=True, type=Path, help="folder for the results")
-    add("--limit", type=int, help="only the first N pairs of each benchmark, as generate --limit")
+    add("--limit", type=int, help="only N pairs of each benchmark, those of generate --limit")
     add("--allow_missing", action="store_true", help="score what is there instead of stopping")
     add("--report", action="store_true", help="also write the static report into --out")
     add("--run", type=Path, help="training run whose loss curve the report shows")
@@ -102,26 +112,61 @@ def evaluate(
     workers: int = 2,
     limit: int | None = None,
     allow_missing: bool = False,
+    networks: configs.Metrics = NO_NETWORKS,
 ) -> list[dict[str, Any]]:
     """Scores every picture set on every benchmark, writes the results below `out`, returns the summary's
     rows.
 
     `seed` is that of the bootstrap and of the drawn reference points, `shuffle_seed` that of their shuffled
-    subjects (the one `generate` sampled with).
+    subjects (the one `generate` sampled with). Metrics of `networks` that are not named are left out. Among several
+    processes all must call this; only the first writes results and returns rows.
 
     Raises UserError for pictures that are missing (unless allowed), do not belong to the benchmark, or cannot
     be read; for a target without a mask; and when `out` cannot be written.
     """
     open_benchmark.cache_clear()
     _read_files.cache_clear()
-    with runs.lock(out / ".lock", f"--out {out}"):
+    with runs.lock(out / ".lock", f"--out {out}") if _is_first() else contextlib.nullcontext():
         contexts = {name: open_benchmark(root, limit) for name, root in benchmarks.items()}
         sets = {(m, b): read_set(folder / b, contexts[b]) for b in contexts for m, folder in pictures.items()}
         missing = _report_missing(sets, contexts, allow_missing)
         with _mapper(workers) as run_chunks:
             _render_answers(contexts, out, limit, run_chunks)
-            scores = _score_all(pictures, contexts, sets, out, (seed, shuffle_seed), limit, run_chunks)
-        return _write_results(scores, contexts, sets, missing, out, seed)
+            scores = _score_all(pictures, contexts, sets, out, (seed, shuffle_seed), limit, networks, run_chunks)
+        return _write_results(scores, contexts, sets, missing, out, seed, networks) if _is_first() else []
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Several processes: without them nothing here loads a framework
+# ----------------------------------------------------------------------------------------------------------
+
+
+def _several() -> bool:
+    return bool(os.environ.get("NABLA_COORDINATOR"))
+
+
+def _is_first() -> bool:
+    if not _several():
+        return True
+    from nabla_jax.parallel import processes
+
+    return processes.is_first()
+
+
+def _own_share(items: Sequence[T]) -> Sequence[T]:
+    if not _several():
+        return items
+    from nabla_jax.parallel import processes
+
+    return processes.own_share(items)
+
+
+def _gather(text: str) -> list[str]:
+    if not _several():
+        return [text]
+    from nabla_jax.parallel import processes
+
+    return [part.decode() for part in processes.gather(text.encode())]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -131,13 +176,38 @@ def evaluate(
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """A dataset folder as a benchmark. `fingerprint` changes with anything that could change a score."""
+    """A dataset folder, or a pair list in one, as a benchmark. `fingerprint` changes with anything that could change a
+    score.
+    """
 
     root: Path
     dataset: Dataset
     pairs: tuple[Pair, ...]
     oracle: oracle.World | None
     fingerprint: str
+
+    @functools.cached_property
+    def own_keys(self) -> frozenset[str]:
+        """Keys of the pairs that this process scores."""
+        return frozenset(pair.key for chunk in _own_share(_chunked(self.pairs)) for pair in chunk)
+
+    @functools.cached_property
+    def _siblings(self) -> dict[int, list[int]]:
+        leaves, targets = retrieval.leaves(self.dataset), {pair.class_id: pair.target_id for pair in self.pairs}
+        return {c: retrieval.siblings(leaves, self.dataset.by_id[target]) for c, target in targets.items()}
+
+    @functools.cached_property
+    def _galleries(self) -> dict[int, list[str]]:
+        classes = {c for found in self._siblings.values() for c in found}
+        return {c: retrieval.gallery(self.dataset, c) for c in sorted(classes)}
+
+    def galleries(self, pair: Pair) -> dict[int, list[str]]:
+        """Class id -> ids of the real pictures that stand for it, of the classes a pair's bird is retrieved from;
+        empty where its class has no sibling.
+        """
+        ids = {c: self._galleries[c] for c in self._siblings[pair.class_id]}
+        own = {c: retrieval.members(found, pair.subject_id, pair.target_id) for c, found in ids.items()}
+        return own if len(own) > 1 else {}
 
     @functools.cached_property
     def groups(self) -> dict[tuple[str, ...], dict[str, list[str]]]:
@@ -152,11 +222,11 @@ class Benchmark:
 
 @functools.cache
 def open_benchmark(root: Path, limit: int | None = None) -> Benchmark:
-    """Reads the lists of a dataset folder, no pictures. Raises UserError, also if a bird of a pair has no
-    mask.
+    """Reads the lists of a dataset folder, or a list in one, no pictures. Raises UserError, also if a bird of a pair
+    has no mask.
     """
-    dataset = read_dataset(root)
-    pairs = tuple(benchmark_pairs(root, dataset)[:limit])
+    dataset = read_dataset(split_list(root)[0])
+    pairs = tuple(spread(benchmark_pairs(root, dataset), limit))
     if not pairs:
         raise UserError(f"{root}: found no benchmark pair, expected at least one")
     used = sorted({i for pair in pairs for i in (pair.subject_id, pair.target_id)})
@@ -166,7 +236,7 @@ def open_benchmark(root: Path, limit: int | None = None) -> Benchmark:
             f"{root}: found no mask for {len(bare)} of {len(used)} pictures of the benchmark's pairs, "
             f"the first is {bare[0]} ({dataset.by_id[bare[0]].image})"
         )
-    return Benchmark(root, dataset, pairs, oracle.open_oracle(root), _fingerprint(dataset, pairs))
+    return Benchmark(root, dataset, pairs, oracle.open_oracle(dataset.root), _fingerprint(dataset, pairs))
 
 
 def _fingerprint(dataset: Dataset, pairs: Sequence[Pair]) -> str:
@@ -185,7 +255,8 @@ def _fingerprint(dataset: Dataset, pairs: Sequence[Pair]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class PictureSet:
-    """Pictures of one set for one benchmark: pair key -> manifest row whose `file` is the picture's path.
+    """Pictures of one set for one benchmark: pair key -> manifest row whose `file` is the picture's path, and
+    `mask` that of the generated bird's mask, `masks/PAIR.png` beside the picture, if it is there.
 
     `shuffled` is empty if the set has none. `fingerprint` changes when a picture is made anew.
     """
@@ -205,9 +276,9 @@ def read_set(folder: Path, benchmark: Benchmark) -> PictureSet:
     digest = hashlib.sha256()
     for kind, found in (("right", right), ("shuffled", shuffled)):
         for key in sorted(found):
-            row = {k: v for k, v in found[key].items() if k != "file"}
-            size = Path(found[key]["file"]).stat().st_size
-            digest.update(f"{kind} {key} {size} {json.dumps(row, sort_keys=True)}\n".encode())
+            row = {k: v for k, v in found[key].items() if k not in ("file", "mask")}
+            sizes = [Path(found[key][name]).stat().st_size for name in ("file", "mask") if name in found[key]]
+            digest.update(f"{kind} {key} {sizes} {json.dumps(row, sort_keys=True)}\n".encode())
     return PictureSet(right, shuffled, (folder / "shuffled").is_dir(), digest.hexdigest()[:16])
 
 
@@ -234,7 +305,9 @@ def _read_manifest(folder: Path, benchmark: Benchmark) -> dict[str, dict[str, An
                 f"{'' if folder.name == 'right' else 'another picture than '}{pair.subject_id}"
             )
         if (folder / row["file"]).is_file():
-            found[pair.key] = row | {"file": str(folder / row["file"])}
+            mask = folder / "masks" / f"{pair.key}.png"
+            own = {"mask": str(mask)} if mask.is_file() else {}
+            found[pair.key] = row | {"file": str(folder / row["file"])} | own
     return found
 
 
@@ -311,7 +384,8 @@ def _render_answers(contexts: Mapping[str, Benchmark], out: Path, limit: int | N
     work = []
     for benchmark in contexts.values():
         if benchmark.oracle is not None:
-            todo = [p.key for p in benchmark.pairs if not answer_path(out, benchmark, p.key).is_file()]
+            own = [p.key for p in benchmark.pairs if p.key in benchmark.own_keys]
+            todo = [key for key in own if not answer_path(out, benchmark, key).is_file()]
             work += [(benchmark.root, limit, out, keys) for keys in _chunked(todo)]
     with runs.progress(sum(len(w[-1]) for w in work), "right answers", unit="pair") as bar:
         for done in run(render_answers, work):
@@ -334,12 +408,15 @@ def render_answers(root: Path, limit: int | None, out: Path, keys: Sequence[str]
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One pair to score: picture files of a set, or None for a reference point; the other subject, if any."""
+    """One pair to score: picture files of a set, or None for a reference point; the other subject, if any; the file
+    of the generated bird's mask, if any.
+    """
 
     pair: str
     right: str | None
     shuffled: str | None
     other_subject: str | None
+    mask: str | None = None
 
 
 def _score_all(
@@ -349,11 +426,13 @@ def _score_all(
     out: Path,
     seeds: tuple[int, int],
     limit: int | None,
+    networks: configs.Metrics,
     run: Chunks[PairScore],
 ) -> dict[tuple[str, str], list[PairScore]]:
     """(benchmark, model) -> scores in the order of the pairs. Stored scores of the same inputs are reused."""
     scores: dict[tuple[str, str], list[PairScore]] = {}
     work: list[tuple[str, str, str, list[Job]]] = []
+    judges = _fingerprint_of_networks(networks)
     for name, benchmark in contexts.items():
         other = {}
         if benchmark.oracle is not None:
@@ -365,32 +444,128 @@ def _score_all(
             else:
                 inputs = hashlib.sha256(json.dumps([seeds[0], other], sort_keys=True).encode()).hexdigest()[:16]
                 jobs = [Job(pair.key, None, None, other.get(pair.key)) for pair in benchmark.pairs]
-            inputs = f"{benchmark.fingerprint} {inputs}"
+            inputs = f"{benchmark.fingerprint} {inputs}{judges}"
             stored = _stored_scores(out, name, model, inputs)
             if stored is not None:
                 scores[name, model] = stored
             elif jobs:
                 work.append((name, model, inputs, jobs))
+    # Where the processes share no disk, what the first one has is what counts.
+    todo = {tuple(key) for key in json.loads(_gather(json.dumps([w[:2] for w in work]))[0])}
+    work = [w for w in work if w[:2] in todo]
+    judge = _Judge(networks, contexts, out, seeds[0], {name for name, _, _, _ in work})
     with runs.progress(sum(len(w[-1]) for w in work), "scores", unit="picture") as bar:
         for name, model, inputs, jobs in work:
             found: list[PairScore] = []
             root = contexts[name].root
-            for chunk in run(score_pairs, [(root, limit, out, model, seeds[0], part) for part in _chunked(jobs)]):
+            own = [job for job in jobs if job.pair in contexts[name].own_keys]
+            for chunk in run(score_pairs, [(root, limit, out, model, seeds[0], part) for part in _chunked(own)]):
                 found += chunk
                 bar.update(len(chunk))
-            _store_scores(out, name, model, inputs, found)
+            found = _in_order(found, jobs)
+            found = judge.add(found, name, model, inputs, jobs)
+            if _is_first():
+                _store_scores(out, name, model, inputs, found)
             scores[name, model] = found
     order = [(name, model) for name in contexts for model in [*pictures, *REFERENCES]]
     return {key: scores[key] for key in order if key in scores}
+
+
+def _in_order(own: list[PairScore], jobs: Sequence[Job]) -> list[PairScore]:
+    """The scores of all processes in the order of the jobs."""
+    texts = _gather(summary.to_csv(own))
+    if len(texts) == 1:
+        return own
+    by_pair = {score.pair: score for text in texts for score in summary.parse_csv(text)}
+    return [by_pair[job.pair] for job in jobs]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What the networks say, in this process
+# ----------------------------------------------------------------------------------------------------------
+
+
+def _fingerprint_of_networks(networks: configs.Metrics) -> str:
+    if not networks.folders:
+        return ""
+    from nabla_jax.metrics import networks as nets
+
+    return f" {nets.fingerprint(networks)}"
+
+
+class _Judge:
+    """The networks, loaded when the first set needs them, and the descriptions of real pictures."""
+
+    def __init__(
+        self, settings: configs.Metrics, contexts: Mapping[str, Benchmark], out: Path, seed: int, names: set[str]
+    ) -> None:
+        self.contexts, self.out, self.seed = contexts, out, seed
+        self.networks: Any = None
+        self.real: dict[str, Any] = {}
+        if not settings.folders or not names:
+            return
+        from nabla_jax.metrics import networks as nets
+        from nabla_jax.metrics import perception
+
+        self.networks = nets.load_networks(settings)
+        for name in (name for name in contexts if name in names):
+            benchmark = contexts[name]
+            own = sorted({i for pair in benchmark.pairs for i in (pair.subject_id, pair.target_id)})
+            described = functools.partial(
+                perception.describe_real,
+                self.networks,
+                read=functools.partial(_read, benchmark),
+                fingerprint=functools.partial(_fingerprint_of_picture, benchmark),
+                cache=out / "cache" / "features",
+            )
+            self.real[name] = described(own, nets.ALL)
+            if perception.RETRIEVAL in self.networks.names:
+                shown = {i for pair in benchmark.pairs for ids in benchmark.galleries(pair).values() for i in ids}
+                self.real[name] |= described(sorted(shown - set(own)), (perception.RETRIEVAL,))
+
+    def add(self, scores: list[PairScore], name: str, model: str, inputs: str, jobs: Sequence[Job]) -> list[PairScore]:
+        """The scores with what the networks say of pairs that count."""
+        if self.networks is None:
+            return scores
+        from nabla_jax.metrics import perception
+
+        benchmark = self.contexts[name]
+        pairs = {pair.key: pair for pair in benchmark.pairs}
+        counted = {score.pair for score in scores if not score.excluded}
+        cases = [self._case(benchmark, model, pairs[job.pair], job) for job in jobs if job.pair in counted]
+        read = functools.partial(_read, benchmark)
+        cache = self.out / "cache" / "judgements"
+        what = f"{name}/{model}"
+        with runs.progress(len(cases), what, unit="picture") as bar:
+            found = perception.score(
+                self.networks, cases, self.real[name], read, f"{inputs} {model} {self.seed}", cache, bar
+            )
+        columns: Mapping[str, Mapping[str, Any]] = found
+        return [dataclasses.replace(score, **columns.get(score.pair, {})) for score in scores]
+
+    def _case(self, benchmark: Benchmark, model: str, pair: Pair, job: Job) -> Any:
+        from nabla_jax.metrics import perception
+
+        if job.right is not None:
+            picture = functools.partial(read_rgb, job.right)
+        else:
+            picture = functools.partial(draw_reference, model, benchmark, pair, pair.subject_id, self.seed)
+        galleries = benchmark.galleries(pair)
+        return perception.Case(pair.key, pair.subject_id, pair.target_id, pair.class_id, picture, galleries)
+
+
+def _fingerprint_of_picture(benchmark: Benchmark, id: str) -> str:
+    example = benchmark.dataset.by_id[id]
+    return " ".join(file_sha256(path) for path in (example.image, example.mask) if path is not None)
 
 
 def _jobs_of_set(found: PictureSet, benchmark: Benchmark) -> list[Job]:
     jobs = []
     for pair in benchmark.pairs:
         if pair.key in found.right:
-            shuffled = found.shuffled.get(pair.key)
+            shuffled, right = found.shuffled.get(pair.key), found.right[pair.key]
             file = None if shuffled is None else shuffled["file"]
-            jobs.append(Job(pair.key, found.right[pair.key]["file"], file, None))
+            jobs.append(Job(pair.key, right["file"], file, None, right.get("mask")))
     return jobs
 
 
@@ -453,7 +628,10 @@ def _score_pair(benchmark: Benchmark, out: Path, model: str, seed: int, pair: Pa
         usable = other is not None and _read(benchmark, other)[1].any()
         shuffled = draw_reference(model, benchmark, pair, other, seed) if other and usable else None
     score = dataclasses.replace(
-        score, rmse=pixels.masked_rmse(picture, target, mask), ssim=pixels.masked_ssim(picture, target, mask)
+        score,
+        rmse=pixels.masked_rmse(picture, target, mask),
+        ssim=pixels.masked_ssim(picture, target, mask),
+        mask_iou=None if job.mask is None else pose.mask_iou(read_mask(job.mask, picture.shape[:2]), mask),
     )
     if benchmark.oracle is None:
         return score
@@ -554,6 +732,7 @@ def _write_results(
     missing: Sequence[dict[str, Any]],
     out: Path,
     seed: int,
+    networks: configs.Metrics,
 ) -> list[dict[str, Any]]:
     rows, breakdown, comparisons = [], [], []
     for (name, model), found in scores.items():
@@ -568,6 +747,7 @@ def _write_results(
         "benchmarks": [_about_benchmark(name, b, scores) for name, b in contexts.items()],
         "sets": [_about_set(model, name, found) for (model, name), found in sets.items()],
         "references": list(REFERENCES),
+        "networks": _about_networks(networks),
         "missing": list(missing),
     }
     lines = summary.regressions(scores, list(dict.fromkeys(m for _, m in scores if m not in REFERENCES)), seed)
@@ -589,7 +769,7 @@ def _about_benchmark(
     name: str, benchmark: Benchmark, scores: Mapping[tuple[str, str], list[PairScore]]
 ) -> dict[str, Any]:
     excluded = {s.pair: s.excluded for (b, _), found in scores.items() if b == name for s in found if s.excluded}
-    path = benchmark.root / oracle.FILE
+    path = benchmark.dataset.root / oracle.FILE
     return {
         "name": name,
         "root": str(benchmark.root),
@@ -602,6 +782,15 @@ def _about_benchmark(
         if benchmark.oracle is not None
         else None,
     }
+
+
+def _about_networks(networks: configs.Metrics) -> dict[str, dict[str, Any]]:
+    """Network -> its folder and the hash of its weights."""
+    found = {}
+    for name, path in networks.folders.items():
+        weights = sorted(assets.resolve(path).glob("*.safetensors"))
+        found[name] = {"folder": path, "sha256": [file_sha256(file) for file in weights]}
+    return found
 
 
 def _about_set(model: str, benchmark: str, found: PictureSet) -> dict[str, Any]:

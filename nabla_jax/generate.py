@@ -59,7 +59,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, type=Path, help="folder for benchmarks, or the file of one picture")
     add("--benchmark", action="append", default=[], metavar="NAME", help="only this one; repeatable")
     add("--subjects", default=",".join(KINDS), help="right, shuffled or both (right,shuffled)")
-    add("--limit", type=int, help="only the first N pairs of each benchmark")
+    add("--limit", type=int, help="only N pairs of each benchmark, spread over its classes")
     add("--reference", choices=(CEILING,), help="instead of a model: the right answer through the autoencoder")
     add("--subject", type=Path, help="one picture: whose bird")
     add("--subject_mask", type=Path, help="may be left out where there are checkpoints to find the bird with")
@@ -198,13 +198,13 @@ def read_works(
     Raises UserError for a dataset that cannot be read and for pictures without what their part is made of.
     """
     from nabla_jax.data import controls, read_dataset
-    from nabla_jax.data.pairs import benchmark_pairs, shuffled_subjects
+    from nabla_jax.data.pairs import benchmark_pairs, shuffled_subjects, split_list, spread
     from nabla_jax.data.pictures import distinct_captions
 
     for name in names:
-        root = Path(config.benchmarks[name])
+        root = split_list(config.benchmarks[name])[0]
         dataset = read_dataset(root)
-        pairs = tuple(benchmark_pairs(root, dataset)[:limit])
+        pairs = tuple(spread(benchmark_pairs(config.benchmarks[name], dataset), limit))
         for kind in kinds:
             right = {pair.key: pair.subject_id for pair in pairs}
             subjects = right if kind == "right" else shuffled_subjects(pairs, dataset, config.sample.seed)

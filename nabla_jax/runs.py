@@ -341,7 +341,9 @@ def _check_same(folder: RunFolder, config: configs.Config) -> None:
     differing = [
         f"{key}: {before.get(key, 'absent')!r} there, {now.get(key, 'absent')!r} here"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in CONTINUABLE and not key.startswith(("benchmarks", "extract."))
+        if before.get(key) != now.get(key)
+        and key not in CONTINUABLE
+        and not key.startswith(("benchmarks", "extract.", "metrics."))
     ]
     if differing:
         raise UserError(

@@ -1,10 +1,12 @@
 """The evaluate command on a world whose numbers follow from its construction."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,11 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nabla_jax import config as configs
 from nabla_jax import evaluate as verb
 from nabla_jax.data.pairs import benchmark_pairs
 from nabla_jax.errors import UserError
 from nabla_jax.images import read_rgb, write_image
-from nabla_jax.metrics import pixels, statistics, summary
+from nabla_jax.metrics import perception, pixels, statistics, summary
+from nabla_jax.parallel import processes
 from tests import fake_world
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -346,7 +350,7 @@ def config(world, tmp_path):
     path.write_text(
         "from configs import omk_fill\n\n\ndef get_config(arg=''):\n    config = omk_fill.get_config(arg)\n"
         f"    config.benchmarks = {{'ellipses': {str(world / 'birds')!r}}}\n"
-        "    config.sample.seed = 0\n    return config\n"
+        "    config.metrics = {}\n    config.sample.seed = 0\n    return config\n"
     )
     return path
 
@@ -441,3 +445,129 @@ def test_the_fingerprint_follows_the_data(world, tmp_path):
     names.write_text(names.read_text().replace("Bird 0", "Fowl 0"))
     assert fingerprint() != before
     assert len(before) == 16 and set(before) <= set(hashlib.sha256().hexdigest() + "0123456789abcdef")
+
+
+NETWORKS = configs.Metrics(
+    dinov2="asset:toy-dinov2", siglip="asset:toy-siglip", patches="asset:toy-siglip", lpips="asset:toy-lpips",
+    batch=4, box=32,
+)  # fmt: skip
+OF_NETWORKS = set(summary.FURTHER_METRICS) - {"mask_iou"}
+
+
+@pytest.fixture(scope="module")
+def judged(world, tmp_path_factory):
+    """One set and the reference points, judged by the embedded networks in this process."""
+    out = tmp_path_factory.mktemp("judged")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(fake_world.register(tmp_path_factory.mktemp("installed"))))
+        rows = run(world, out, ["half"], networks=NETWORKS)
+    return out, {(r["model"], r["metric"]): r for r in rows}
+
+
+def test_networks_judge_every_set_and_reference_point(judged):
+    out, rows = judged
+    models = ("half", *verb.REFERENCES)
+    assert set(rows) == {(m, k) for m in models for k in {*summary.METRICS, *OF_NETWORKS}}
+    # The target's own picture is at no distance, and the subject's pasted in is not the target.
+    for metric in ("lpips", "lpips_box"):
+        assert rows["copy-target", metric]["mean"] == pytest.approx(0, abs=1e-6)
+        assert rows["paste-subject", metric]["mean"] > 0.01
+    for metric in ("dinov2", "siglip", "dinov2_box", "siglip_box"):
+        assert rows["copy-target", metric]["mean"] == pytest.approx(1, abs=1e-6)
+        assert rows["paste-subject", metric]["mean"] > rows["sibling-class", metric]["mean"]
+    # Species differ in colour: real pictures tell them apart, one of a sibling is never retrieved as the true one.
+    assert rows["copy-target", "retrieval_rate"]["mean"] > 0.9 and rows["sibling-class", "retrieval_rate"]["mean"] < 0.1
+    about = json.loads((out / "evaluation.json").read_text())["networks"]
+    assert set(about) == {"dinov2", "siglip", "patches", "lpips"} and all(
+        len(n["sha256"][0]) == 64 for n in about.values()
+    )
+
+
+def test_what_networks_said_is_kept_and_an_interrupted_run_goes_on(world, judged, tmp_path, monkeypatch):
+    out, real = tmp_path / "out", perception._score_batch
+    calls = []
+
+    def score(*arguments):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(perception, "_score_batch", score)
+        with pytest.raises(KeyboardInterrupt):
+            run(world, out, ["half"], networks=NETWORKS)
+    again = []
+    monkeypatch.setattr(perception, "_score_batch", lambda *a: again.append(a) or real(*a))
+    run(world, out, ["half"], networks=NETWORKS)
+    batches = -(-PAIRS // NETWORKS.batch)
+    assert len(again) == batches * (1 + len(verb.REFERENCES)) - 3
+    assert (out / "summary.json").read_bytes() == (judged[0] / "summary.json").read_bytes()
+    # The same networks elsewhere change nothing, another setting of them does.
+    monkeypatch.setattr(perception, "score", lambda *a: pytest.fail("judged again"))
+    run(world, out, ["half"], networks=dataclasses.replace(NETWORKS, obtain="elsewhere"))
+    with pytest.raises(pytest.fail.Exception, match="judged again"):
+        run(world, out, ["half"], networks=dataclasses.replace(NETWORKS, box=48))
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from nabla_jax import config as configs
+from nabla_jax import evaluate as verb
+from nabla_jax.config import Metrics
+from nabla_jax.parallel import processes
+
+if __name__ == "__main__":
+    processes.initialize()
+    world, out, networks = Path(sys.argv[1]), Path(sys.argv[2]), eval(sys.argv[3])
+    pictures, benchmarks = {"half": world / "pictures" / "half"}, {"ellipses": world / "birds"}
+    rows = verb.evaluate(pictures, benchmarks, out, workers=0, networks=networks)
+    print(len(rows))
+"""
+
+
+def test_two_processes_give_the_table_of_one(world, judged, tmp_path):
+    """Each with a folder of its own for results, as on machines that share no disk."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    environment = fake_world.environment(fake_world.register(tmp_path / "installed"))
+    settings = {processes.COORDINATOR: address, processes.COUNT: "2"}
+    outs = [tmp_path / str(index) for index in range(2)]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(world), str(out), repr(NETWORKS)],
+            cwd=ROOT, env=environment | settings | {processes.INDEX: str(index)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for index, out in enumerate(outs)
+    ]  # fmt: skip
+    printed = []
+    for process in running:
+        text, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        printed.append(text.splitlines()[-1])
+    assert printed == [str(len(judged[1])), "0"]
+    assert {k: v for k, v in files(outs[0]).items() if k.name != ".lock"} == {
+        k: v for k, v in files(judged[0]).items() if k.name != ".lock"
+    }
+    # The work was shared: neither has all answers of the oracle, nor all that the networks said.
+    for pattern, whole in (("cache/*/*_1in2.npz", 7), ("cache/judgements/*.npz", 24)):
+        counts = [len(list(out.glob(pattern))) for out in outs]
+        assert sum(counts) == whole and max(counts) < whole
+    assert not (outs[1] / "summary.json").exists()
+
+
+def test_masks_of_generated_birds_give_pose_fidelity(world, tmp_path):
+    shutil.copytree(world / "pictures" / "half", tmp_path / "pictures")
+    benchmark = verb.open_benchmark(world / "birds")
+    for pair in benchmark.pairs:
+        mask = verb._read(benchmark, pair.target_id)[1]
+        file = tmp_path / "pictures" / "ellipses" / "right" / "masks" / f"{pair.key}.png"
+        write_image(np.uint8(255) * (mask & (np.arange(mask.shape[1]) >= mask.shape[1] // 2)), file)
+    pictures = {"half": tmp_path / "pictures"}
+    rows = verb.evaluate(pictures, {"ellipses": world / "birds"}, tmp_path / "out", workers=0)
+    values = {r["model"]: r for r in rows if r["metric"] == "mask_iou"}
+    assert set(values) == {"half"} and values["half"]["n"] == PAIRS
+    assert values["half"]["mean"] == pytest.approx(0.5, abs=0.15)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from nabla_jax import generate, runs
 from nabla_jax.data import read_dataset
-from nabla_jax.data.pairs import benchmark_pairs
+from nabla_jax.data.pairs import benchmark_pairs, spread
 from nabla_jax.errors import UserError
 from nabla_jax.metrics.oracle import open_oracle
 from tests import fixtures
@@ -39,7 +39,7 @@ def test_a_benchmark_and_its_continuation(tmp_path: Path, monkeypatch: pytest.Mo
     trained = str(fixtures.trained_run())
     out = run(tmp_path, "--adapter", trained, "--limit", "5")
     root = fixtures.prepared_root() / "world" / "nabirds"
-    dataset, pairs = read_dataset(root), benchmark_pairs(root)[:5]
+    dataset, pairs = read_dataset(root), spread(benchmark_pairs(root), 5)
     for kind in ("right", "shuffled"):
         found = rows(out / "nabla" / kind)
         assert list(found) == [pair.key for pair in pairs]

@@ -89,9 +89,9 @@ def is_layout(root: Path) -> bool:
     return list_path(root) is not None
 
 
-def rows(root: str | os.PathLike[str]) -> list[Row]:
-    """The lines of the pair list. Raises UserError naming file and line."""
-    path = list_path(Path(root))
+def rows(root: str | os.PathLike[str], path: Path | None = None) -> list[Row]:
+    """The lines of the folder's pair list, or of another list ``path``. Raises UserError naming file and line."""
+    path = list_path(Path(root)) if path is None else path
     if path is None:
         raise UserError(f"{root}: found no {LISTS[0]} with a column observation_id")
     problems = Problems()

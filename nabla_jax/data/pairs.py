@@ -46,18 +46,18 @@ def benchmark_pairs(root: str | os.PathLike[str], dataset: Dataset | None = None
     """The pair list of a dataset folder, each row in both directions, in the list's order.
 
     An iNaturalist folder has a list of its own, any other ``pairs.csv``: image_1,image_2 and, for NABirds, class_id.
-    Clips need none: without one, frames of one clip are paired, see ``clips.frame_pairs``. Repeated rows are kept,
-    since published numbers count them; ``duplicate_rows`` counts them and a line is logged. ``dataset`` saves reading
-    the folder again.
+    ``root`` may also be another list in such a folder, for example of strictly unseen species. Clips need none: without
+    one, frames of one clip are paired, see ``clips.frame_pairs``. Repeated rows are kept, since published numbers count
+    them; ``duplicate_rows`` counts them and a line is logged. ``dataset`` saves reading the folder again.
 
     Raises UserError naming file and line for a malformed row or a picture that is not in the folder.
     """
     from nabla_jax.data import read_dataset
 
-    root = Path(root)
-    dataset = read_dataset(root) if dataset is None else dataset
+    folder, path = split_list(root)
+    dataset = read_dataset(folder) if dataset is None else dataset
     pairs = []
-    for number, first, second in _rows(root, dataset):
+    for number, first, second in _rows(folder, path, dataset):
         class_id = dataset.by_id[second].class_id
         pairs += [
             Pair(f"{number}_1in2", first, second, class_id),
@@ -69,23 +69,48 @@ def benchmark_pairs(root: str | os.PathLike[str], dataset: Dataset | None = None
     return pairs
 
 
+def split_list(path: str | os.PathLike[str]) -> tuple[Path, Path | None]:
+    """(dataset folder, None), or (its folder, the list) where ``path`` is a pair list in it."""
+    path = Path(path)
+    return (path.parent, path) if path.is_file() else (path, None)
+
+
+def spread(pairs: Sequence[Pair], limit: int | None) -> list[Pair]:
+    """``limit`` pairs for a quick look, as many classes as possible, in the list's order; all where it is None.
+
+    The choice is fixed and a smaller one is part of a larger one. Both directions of a row come together, but for the
+    last one of an odd limit.
+    """
+    if limit is None:
+        return list(pairs)
+    rows: dict[int, dict[str, list[int]]] = {}
+    for position, pair in enumerate(pairs):
+        rows.setdefault(pair.class_id, {}).setdefault(pair.key.rpartition("_")[0], []).append(position)
+    drawn = []
+    for of_class in rows.values():
+        order = sorted((_fold(0, pairs[found[0]].subject_id, pairs[found[0]].target_id), found)
+                       for found in of_class.values())  # fmt: skip
+        drawn += [(turn, draw, found) for turn, (draw, found) in enumerate(order)]
+    chosen = [position for _, _, found in sorted(drawn) for position in found][:limit]
+    return [pairs[position] for position in sorted(chosen)]
+
+
+def _rows(folder: Path, path: Path | None, dataset: Dataset) -> list[tuple[int, str, str]]:
+    """(row number, id of image_1, id of image_2) of every row."""
+    if inaturalist.is_layout(folder) and not (nabirds.is_layout(folder) or manifest.is_layout(folder)):
+        return _inat_rows(folder, path)
+    if path is None and clips.is_layout(folder) and not (folder / "pairs.csv").is_file():
+        return [(number, first, second) for number, (first, second) in enumerate(clips.frame_pairs(dataset))]
+    return _listed_rows(folder, path or folder / "pairs.csv", dataset)
+
+
 def duplicate_rows(pairs: Sequence[Pair]) -> int:
     """How many rows repeat an earlier one, in either order of its two pictures."""
     forward = Counter(frozenset((p.subject_id, p.target_id)) for p in pairs if p.key.endswith("_1in2"))
     return sum(count - 1 for count in forward.values())
 
 
-def _rows(root: Path, dataset: Dataset) -> list[tuple[int, str, str]]:
-    """(row number, id of image_1, id of image_2) of every row."""
-    if inaturalist.is_layout(root) and not (nabirds.is_layout(root) or manifest.is_layout(root)):
-        return _inat_rows(root)
-    if clips.is_layout(root) and not (root / "pairs.csv").is_file():
-        return [(number, first, second) for number, (first, second) in enumerate(clips.frame_pairs(dataset))]
-    return _listed_rows(root, dataset)
-
-
-def _listed_rows(root: Path, dataset: Dataset) -> list[tuple[int, str, str]]:
-    path = root / "pairs.csv"
+def _listed_rows(root: Path, path: Path, dataset: Dataset) -> list[tuple[int, str, str]]:
     columns = ("class_id", "image_1", "image_2") if nabirds.is_layout(root) else ("image_1", "image_2")
     if not path.is_file():
         raise UserError(f"{path}: no such file, expected a list of pairs with columns {','.join(columns)}")
@@ -120,12 +145,8 @@ def _listed_rows(root: Path, dataset: Dataset) -> list[tuple[int, str, str]]:
     return found
 
 
-def _inat_rows(root: Path) -> list[tuple[int, str, str]]:
-    found = [(row.number, row.id("image_1"), row.id("image_2")) for row in inaturalist.rows(root)]
-    for number, first, second in found:
-        if first == second:
-            raise UserError(f"{inaturalist.list_path(root)}: row {number}: image_1 and image_2 are one picture")
-    return found
+def _inat_rows(root: Path, path: Path | None) -> list[tuple[int, str, str]]:
+    return [(row.number, row.id("image_1"), row.id("image_2")) for row in inaturalist.rows(root, path)]
 
 
 def shuffled_subjects(pairs: Sequence[Pair], dataset: Dataset, seed: int) -> dict[str, str]:

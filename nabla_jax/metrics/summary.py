@@ -23,7 +23,24 @@ from nabla_jax.errors import UserError
 from nabla_jax.metrics import identity, statistics
 
 METRICS = ("rmse", "ssim", "normalised_identity", "subject_effect", "identification_rate")
-LOWER_IS_BETTER = frozenset({"rmse"})
+# Of networks and of masks of generated birds; a table has those that its pairs have.
+FURTHER_METRICS = (
+    "lpips",
+    "dinov2",
+    "siglip",
+    "lpips_box",
+    "dinov2_box",
+    "siglip_box",
+    "dinov2_subject",
+    "siglip_subject",
+    "patch_precision",
+    "patch_recall",
+    "retrieval_rate",
+    "mask_iou",
+)
+# The published table's three beside RMSE; the rest would not fit on a line.
+PRINTED = (*METRICS, "lpips", "dinov2", "siglip")
+LOWER_IS_BETTER = frozenset({"rmse", "lpips", "lpips_box"})
 BREAKDOWN_METRICS = (
     "rmse",
     "normalised_identity",
@@ -54,6 +71,12 @@ class PairScore:
     `cluster` names the individual that subject and target share; '' leaves the class as the cluster of the pair.
     `distance` is the taxonomic distance of the target's class to the nearest class of training
     (`nabla_jax.data.taxonomy.distance`).
+
+    Of the networks: ``lpips`` (distance), ``dinov2`` and ``siglip`` (cosines) compare with the target, masked, as the
+    published evaluation does; ``*_box`` with both birds cut out; ``*_subject`` the cut-outs of the generated bird and
+    the subject; ``patch_precision`` and ``patch_recall`` their foreground patches (``metrics.patches``).
+    ``retrieval_rank`` is the place of the true class among ``retrieval_classes`` siblings (``metrics.retrieval``).
+    ``mask_iou`` compares the generated bird's mask, where there is one, with the target's.
     """
 
     pair: str
@@ -77,6 +100,19 @@ class PairScore:
     cluster: str = ""
     area: float | None = None
     distance: int | None = None
+    lpips: float | None = None
+    dinov2: float | None = None
+    siglip: float | None = None
+    lpips_box: float | None = None
+    dinov2_box: float | None = None
+    siglip_box: float | None = None
+    dinov2_subject: float | None = None
+    siglip_subject: float | None = None
+    patch_precision: float | None = None
+    patch_recall: float | None = None
+    retrieval_rank: int | None = None
+    retrieval_classes: int | None = None
+    mask_iou: float | None = None
 
 
 _TYPES = typing.get_type_hints(PairScore)
@@ -94,15 +130,17 @@ def to_csv(scores: Iterable[PairScore]) -> str:
 
 
 def from_csv(path: pathlib.Path) -> list[PairScore]:
-    """Inverse of `to_csv` on a file. Raises UserError naming file and line."""
-    scores = []
-    with path.open(newline="") as stream:
-        for row in csv.DictReader(stream):
-            try:
-                scores.append(PairScore(**{name: _parse(_TYPES[name], row[name]) for name in _FIELDS}))
-            except (KeyError, TypeError, ValueError) as error:
-                raise UserError(f"{path}: damaged ({error}), delete it to have it made again") from error
-    return scores
+    """Inverse of `to_csv` on a file. Raises UserError naming the file."""
+    try:
+        return parse_csv(path.read_text())
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error}), delete it to have it made again") from error
+
+
+def parse_csv(text: str) -> list[PairScore]:
+    """Inverse of `to_csv`. Raises KeyError, TypeError or ValueError for other text."""
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    return [PairScore(**{name: _parse(_TYPES[name], row[name]) for name in _FIELDS}) for row in rows]
 
 
 def _parse(kind: Any, text: str) -> Any:
@@ -149,13 +187,15 @@ _TERMS: dict[str, tuple[tuple[str, ...], Callable[..., tuple[np.ndarray, np.ndar
     ),
     "subject_effect": (("right_error", "shuffled_error", "sibling_error"), identity.subject_effect_terms),
     "identification_rate": (("rank",), lambda rank: _mean((rank == 1).astype(float))),
+    **{name: ((name,), _mean) for name in FURTHER_METRICS},
+    "retrieval_rate": (("retrieval_rank",), lambda rank: _mean((rank == 1).astype(float))),
 }
 
 
 def rows(model: str, benchmark: str, scores: Sequence[PairScore], seed: int = 0) -> list[dict[str, Any]]:
-    """The summary rows of one model on one benchmark: those of METRICS that its pairs have."""
+    """The summary rows of one model on one benchmark: those of METRICS and FURTHER_METRICS that its pairs have."""
     found = []
-    for metric in METRICS:
+    for metric in (*METRICS, *FURTHER_METRICS):
         values = estimate(scores, metric, seed)
         if values is not None:
             found.append({"model": model, "benchmark": benchmark, "metric": metric} | values)
@@ -313,7 +353,7 @@ def text_table(summary: Sequence[dict[str, Any]], markdown: bool = False) -> str
     """The summary as aligned text, one line per benchmark and model, one column per metric: mean [low,
     high].
     """
-    metrics = [m for m in METRICS if any(r["metric"] == m for r in summary)]
+    metrics = [m for m in PRINTED if any(r["metric"] == m for r in summary)]
     cells = {(r["benchmark"], r["model"], r["metric"]): r for r in summary}
     lines = list(dict.fromkeys((r["benchmark"], r["model"]) for r in summary))
     table = [["benchmark", "model", *metrics, "n"]]

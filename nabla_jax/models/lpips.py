@@ -109,19 +109,27 @@ class Lpips(nnx.Module):
         for level, channels in enumerate(config.channels):
             setattr(self, f"lin{level}", Head(channels, rngs=rngs, dtype=dtype))
 
-    def levels(self, images: jax.Array) -> list[jax.Array]:
-        """The five levels' last activations of pictures [B, 3, H, W] in [-1, 1], each [B, H', W', C]."""
+    def levels(self, images: jax.Array, sizes: jax.Array | None = None) -> list[jax.Array]:
+        """The five levels' last activations of pictures [B, 3, H, W] in [-1, 1], each [B, H', W', C].
+
+        With ``sizes`` [B, 2] they are those of the pictures' top left (height, width) alone, and 0 elsewhere.
+        """
         dtype = cast(Conv2d, self.features[0]).weight[...].dtype
         x = (images.transpose(0, 2, 3, 1) - np.array(SHIFT, np.float32)) / np.array(SCALE, np.float32)
-        x = x.astype(dtype)
+        x = _keep(x.astype(dtype), sizes)
         found = []
         for index, module in enumerate(self.features):
             x = convolve_nhwc(module, x) if isinstance(module, Conv2d) else module(x)
+            if isinstance(module, MaxPool):
+                sizes = None if sizes is None else sizes // 2
+            if not isinstance(module, Conv2d):
+                # What a convolution, or pooling of an odd side, leaves outside would come back with the next one.
+                x = _keep(x, sizes)
             if index in self.taps:
                 found.append(x)
         return found
 
-    def channels(self, a: jax.Array, b: jax.Array) -> list[jax.Array]:
+    def channels(self, a: jax.Array, b: jax.Array, sizes: jax.Array | None = None) -> list[jax.Array]:
         """What the weights weigh: per level the mean squared difference of every channel, [B, C] float32.
 
         Arguments and errors as in ``__call__``.
@@ -132,23 +140,29 @@ class Lpips(nnx.Module):
                 f"with sides of at least {MIN_SIDE}"
             )
         # One batch: each side on its own took 1.5 times the CPU time, and a loop over the sides seven times.
-        halves = (jnp.split(_unit(both), 2) for both in self.levels(jnp.concatenate([a, b])))
-        return [jnp.mean((f - g) ** 2, axis=(1, 2)) for f, g in halves]
+        twice = None if sizes is None else jnp.concatenate([sizes, sizes])
+        halves = (jnp.split(_unit(both), 2) for both in self.levels(jnp.concatenate([a, b]), twice))
+        if sizes is None:
+            return [jnp.mean((f - g) ** 2, axis=(1, 2)) for f, g in halves]
+        counts = [jnp.prod(sizes // 2**level, axis=1, keepdims=True) for level in range(len(DEPTHS))]
+        return [jnp.sum((f - g) ** 2, axis=(1, 2)) / n for (f, g), n in zip(halves, counts, strict=True)]
 
-    def contributions(self, a: jax.Array, b: jax.Array) -> jax.Array:
+    def contributions(self, a: jax.Array, b: jax.Array, sizes: jax.Array | None = None) -> jax.Array:
         """The five levels' shares of the distance, [B, 5] float32; arguments as in ``__call__``."""
         shares = [
             jnp.sum(means * getattr(self, f"lin{level}").weight, axis=-1)
-            for level, means in enumerate(self.channels(a, b))
+            for level, means in enumerate(self.channels(a, b, sizes))
         ]
         return jnp.stack(shares, axis=-1)
 
-    def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
+    def __call__(self, a: jax.Array, b: jax.Array, sizes: jax.Array | None = None) -> jax.Array:
         """Distances of pairs of pictures.
 
         Args:
           a: [B, 3, H, W] in [-1, 1], sides of at least 16.
           b: same shape.
+          sizes: [B, 2] int, (height, width) of each pair, at least 16, at the top left of its canvas; the rest of the
+            canvas does not count. One program then serves pictures of many sizes. None: the canvases are the pictures.
 
         Returns:
           [B] float32, the mean over all positions summed over the levels (eq. 1).
@@ -156,7 +170,16 @@ class Lpips(nnx.Module):
         Raises:
           ValueError: the shapes differ or the pictures are too small.
         """
-        return self.contributions(a, b).sum(-1)
+        return self.contributions(a, b, sizes).sum(-1)
+
+
+def _keep(x: jax.Array, sizes: jax.Array | None) -> jax.Array:
+    """[B, H, W, C] with zeros outside the top left (height, width) of ``sizes`` [B, 2], as padding would give."""
+    if sizes is None:
+        return x
+    rows = jnp.arange(x.shape[1]) < sizes[:, :1]
+    columns = jnp.arange(x.shape[2]) < sizes[:, 1:]
+    return jnp.where((rows[:, :, None] & columns[:, None, :])[..., None], x, 0)
 
 
 def _unit(x: jax.Array) -> jax.Array:

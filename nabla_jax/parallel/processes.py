@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from nabla_jax.errors import UserError
@@ -60,6 +61,17 @@ def own_share(items: Sequence[Item], index: int | None = None, count: int | None
 def wait_for_all(name: str) -> None:
     """Returns when every process has called it with this name; at once in a single process."""
     multihost_utils.sync_global_devices(name)
+
+
+def gather(data: bytes) -> list[bytes]:
+    """What every process gave, in their order, in every process; all must call it."""
+    if jax.process_count() == 1:
+        return [data]
+    sizes = multihost_utils.process_allgather(np.array([len(data)], np.int32)).reshape(-1)
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    rows = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
+    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

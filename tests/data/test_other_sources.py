@@ -370,6 +370,7 @@ def test_the_list_of_clips_joins_individuals(tmp_path: Path) -> None:
         pair = draw_pair(0, n)
         assert dataset.examples[pair.subject].individual == dataset.examples[pair.target].individual
     found = clips.frame_pairs(dataset)
+    assert [(p.subject_id, p.target_id) for p in pairs.benchmark_pairs(tmp_path, dataset)[::2]] == found
     assert len(found) == 3 + 1 and len({id for pair in found for id in pair}) == 8
     # As a benchmark: those pairs in both directions, unless a list names others.
     both = [(first, second) for pair in found for first, second in (pair, pair[::-1])]

@@ -48,6 +48,42 @@ def test_repeated_rows_are_kept_and_counted(nabirds: Path) -> None:
     assert [p.key for p in same] == ["1_1in2", "3_1in2", "4_2in1"]
 
 
+def test_a_quick_look_is_fixed_nested_and_spread_over_the_classes() -> None:
+    made = [
+        pairs.Pair(f"{row}_{way}", f"{row}{a}", f"{row}{b}", row // 6)  # six rows of each of ten classes
+        for row in range(60)
+        for way, a, b in (("1in2", "x", "y"), ("2in1", "y", "x"))
+    ]
+    chosen = {limit: pairs.spread(made, limit) for limit in range(1, 121)}
+    for limit, found in chosen.items():
+        assert len(found) == limit and found == sorted(found, key=made.index)
+        rows = Counter(pair.key.split("_")[0] for pair in found)
+        assert sum(count == 1 for count in rows.values()) == limit % 2
+        per_class = Counter(pair.class_id for pair in found)
+        assert len(per_class) == min(10, (limit + 1) // 2) and max(per_class.values()) - 2 <= min(per_class.values())
+        assert set(found) >= set(chosen.get(limit - 1, []))
+    assert pairs.spread(made, None) == made == pairs.spread(made, 999)
+    # Not the first rows of each class: those are often alike.
+    assert len({int(p.key.split("_")[0]) % 6 for p in chosen[20]}) > 3
+
+
+def test_a_list_in_a_folder_is_a_benchmark_of_its_own(nabirds: Path, tmp_path: Path) -> None:
+    whole = pairs.benchmark_pairs(nabirds)
+    lines = (nabirds / "pairs.csv").read_text().splitlines(keepends=True)
+    part = nabirds / "part.csv"
+    part.write_text("".join([lines[0], *lines[3:5]]))
+    found = pairs.benchmark_pairs(part)
+    assert [(p.subject_id, p.target_id) for p in found] == [(p.subject_id, p.target_id) for p in whole[4:8]]
+    inat = write_inat(tmp_path / "inat")
+    rows = pairs.benchmark_pairs(inat)
+    assert len(rows) > 2
+    name = "final_pairs.csv" if (inat / "final_pairs.csv").is_file() else "pairs.csv"
+    strict = inat / "strict_unseen.csv"
+    strict.write_text("".join((inat / name).read_text().splitlines(keepends=True)[:2]))
+    assert pairs.benchmark_pairs(strict) == rows[:2]
+    assert len(read_dataset(inat).examples) > 2  # the other list is no part of the data
+
+
 def test_inat_pairs(tmp_path: Path) -> None:
     root = write_inat(tmp_path / "inat")
     found = pairs.benchmark_pairs(root, read_dataset(root))

@@ -44,8 +44,8 @@ class Vgg16(torch.nn.Module):
 def lpips_package() -> Any:
     """The lpips package, with a stand-in for torchvision, which it imports for its networks alone."""
     torchvision, models = ModuleType("torchvision"), ModuleType("torchvision.models")
-    models.vgg16 = Vgg16
-    torchvision.models = models
+    vars(models)["vgg16"] = Vgg16
+    vars(torchvision)["models"] = models
     standins = {"torchvision": torchvision, "torchvision.models": models}
     # Only these two names are put back: everything else that lpips imports must stay, as C extensions load once.
     before = {name: sys.modules.get(name) for name in standins}
