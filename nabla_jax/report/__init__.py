@@ -1,6 +1,4 @@
-"""The results as one folder of static HTML: tables, plots, loss curve and a gallery. Opens anywhere,
-offline.
-"""
+"""The results as one folder of static HTML: the paper's table, plots, a gallery of every pair. Opens from disk, offline."""
 
 from nabla_jax.report.pages import write
 
