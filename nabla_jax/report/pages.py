@@ -247,10 +247,11 @@ def best_models(rows: Rows) -> list[str]:
 
 
 def _html_table(head: str, body: str, label: str, headings: int = 1) -> str:
+    head = head.replace("<th>", '<th scope="col">')
     # Focusable, so that a keyboard can scroll it.
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}"><table class="lead-{headings}">'
-        f"<thead><tr>{head.replace('<th>', '<th scope="col">')}</tr></thead><tbody>{body}</tbody></table></div>"
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
