@@ -23,7 +23,11 @@ from nabla_jax.report.thumbnails import Thumbnail
 
 # Numbers of a PairScore that are no measure of the picture, or are shown through a metric made of them.
 _INTERNAL = frozenset(
-    ("class_id", "lineup", "right_error", "shuffled_error", "sibling_error", "sibling_plumage_error", *METRICS)
+    (
+        *("class_id", "lineup", "retrieval_classes"),
+        *("right_error", "shuffled_error", "sibling_error", "sibling_plumage_error"),
+        *METRICS,
+    )
 )
 
 
@@ -34,6 +38,7 @@ class Index:
         self.numbers: dict[str, int] = {}
 
     def __call__(self, text: str) -> int:
+        """The text's number."""
         return self.numbers.setdefault(text, len(self.numbers))
 
 
@@ -65,7 +70,17 @@ def columns(results: Results, benchmark: str, limit: int | None) -> tuple[dict[s
 
     found: dict[str, list[Any]] = {
         name: []
-        for name in ("pair", "class", "order", "subject", "control", "target", "answer", "credit_subject", "credit_target")
+        for name in (
+            "pair",
+            "class",
+            "order",
+            "subject",
+            "control",
+            "target",
+            "answer",
+            "credit_subject",
+            "credit_target",
+        )
     }
     for score in kept:
         subject, target = (_example(dataset.by_id, i, about) for i in (score.subject_id, score.target_id))
@@ -170,7 +185,7 @@ def groups(results: Results) -> dict[str, Any]:
                     value = values_of(members, metric)
                     if value is not None:
                         place.setdefault(name, {})[model] = (_short(value), None, None, len(members))
-    listed = []
+    listed: list[dict[str, Any]] = []
     for (benchmark, group, metric), places in collected.items():
         if len(places) < 2:
             continue
@@ -184,6 +199,15 @@ def groups(results: Results) -> dict[str, Any]:
                 "cells": [[places[v][m][:3] if m in places[v] else None for v in places] for m in models],
             }
         )
+    places_of = {name: i for i, name in enumerate(("order", "family", "species", "class"))}
+    benchmarks, metrics = list(results.benchmarks), results.metrics
+    listed.sort(
+        key=lambda g: (
+            benchmarks.index(g["benchmark"]),
+            places_of.get(g["group"], len(places_of)),
+            metrics.index(g["metric"]) if g["metric"] in metrics else len(metrics),
+        )
+    )
     return {"models": models, "groups": listed}
 
 

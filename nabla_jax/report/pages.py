@@ -22,12 +22,14 @@ from nabla_jax.metrics import summary
 from nabla_jax.report import gallery as pairs
 from nabla_jax.report import plots, published, reading, thumbnails
 from nabla_jax.report.reading import Results
-from nabla_jax.report.vocabulary import describe, interval, text
+from nabla_jax.report.vocabulary import THEMES, Metric, describe, interval, text
 
 Rows = Sequence[dict[str, Any]]
 
 FOLDER = "report_files"
 """Below a report's folder: the page's script, its data and its thumbnails."""
+WIDE = 8
+"""Columns beyond which a table is cut into several."""
 
 
 def write(
@@ -74,29 +76,31 @@ def page(
     """The whole page. `data` are the benchmarks' columns of the gallery, `loss` a plot or ''."""
     shown = any(columns["columns"]["pair"] for columns in data)
     sections = [
-        ("paper", "The paper’s table", paper_table(results)),
-        ("results", "Results", result_tables(results)),
-        ("intervals", "Intervals", interval_plots(results)),
-        ("differences", "Differences", differences(results)),
-        ("groups", "By class and group", _asset("groups.html") if has_groups else ""),
-        ("regression", "Benchmark against benchmark", regressions(results)),
-        ("extremes", "Worst and best pairs", _asset("extremes.html") if shown else ""),
-        ("gallery", "Gallery", _asset("gallery.html") if shown else ""),
-        ("training", "Training", loss),
-        ("provenance", "Provenance", provenance(results, run, files)),
+        ("paper", "Paper", "The paper’s table", paper_table(results)),
+        ("results", "Results", "Results", result_tables(results)),
+        ("intervals", "Intervals", "Intervals", interval_plots(results)),
+        ("differences", "Differences", "Paired differences", differences(results)),
+        ("groups", "Groups", "By order, species and class", _asset("groups.html") if has_groups else ""),
+        ("regression", "Regression", "Benchmark against benchmark", regressions(results)),
+        ("extremes", "Extremes", "Worst and best pairs", _asset("extremes.html") if shown else ""),
+        ("gallery", "Gallery", "Gallery", _asset("gallery.html") if shown else ""),
+        ("training", "Training", "Training", loss),
+        ("provenance", "Provenance", "Provenance", provenance(results, run, files)),
     ]
-    sections = [section for section in sections if section[2]]
+    sections = [section for section in sections if section[3]]
     models, bounds, references = (len(results.of_kind(k)) for k in ("model", "bound", "reference"))
     counts = [f"{b['pairs']:,} pairs of {b['classes']:,} classes on {b['name']}" for b in results.benchmarks.values()]
     names = f"{models} model{'s' * (models != 1)}, {bounds + references} reference points"
-    lead = f"{names}; {', '.join(counts)}. Means with 95 % intervals from a bootstrap clustered by class."
+    lead = f"{names}; {', '.join(counts)}. Means with 95 % intervals clustered by class."
     return string.Template(_asset("page.html")).substitute(
-        title="Re-posed birds" if len(results.folders) == 1 else f"Re-posed birds: {escape(', '.join(results.folders))}",
+        title="Re-posed birds"
+        if len(results.folders) == 1
+        else f"Re-posed birds: {escape(', '.join(results.folders))}",
         lead=escape(lead),
-        navigation="".join(f'<a href="#{id}">{escape(title)}</a>' for id, title, _ in sections),
+        navigation="".join(f'<a href="#{id}">{escape(name)}</a>' for id, name, _, _ in sections),
         sections="".join(
             f'<section id="{id}" aria-labelledby="{id}-title"><h2 id="{id}-title">{escape(title)}</h2>{body}</section>'
-            for id, title, body in sections
+            for id, _, title, body in sections
         ),
         style=_asset("style.css").replace("$ramp", _ramp()),
         folder=FOLDER,
@@ -192,13 +196,13 @@ def paper_table(results: Results) -> str:
 def _published(value: float | None, metric: str) -> str:
     if value is None:
         return '<td class="unknown" title="no public source quotes it">unknown</td>'
-    digits = {"dino": 2, "siglip": 2, "lpips": 3, "rmse": 1}[metric]
+    digits = {"dinov2": 2, "siglip": 2, "lpips": 3, "rmse": 1}[metric]
     return f"<td>{value:.{digits}f}</td>"
 
 
 def result_tables(results: Results) -> str:
     """One table per benchmark, the best model of each metric in bold, then what the metrics mean, then notes."""
-    tables = [_table(results, benchmark) for benchmark in results.benchmarks]
+    tables = [_tables(results, benchmark) for benchmark in results.benchmarks]
     known = [m for m in (describe(name) for name in results.metrics) if m.meaning]
     terms = "".join(f"<div><b>{escape(m.label)}</b>: {escape(m.meaning)}.</div>" for m in known)
     notes = dict.fromkeys(note for about in results.abouts.values() for note in summary.notes(about))
@@ -210,31 +214,44 @@ def result_tables(results: Results) -> str:
     )
 
 
-def _table(results: Results, benchmark: str) -> str:
+def _tables(results: Results, benchmark: str) -> str:
+    """One table, or one per theme where there are too many metrics for a page's width."""
     rows = [r for r in results.rows if r["benchmark"] == benchmark]
-    metrics = [m for m in results.metrics if any(r["metric"] == m for r in rows)]
+    metrics = [m for m in map(describe, results.metrics) if any(r["metric"] == m.name for r in rows)]
     if not rows:
         return ""
-    best = {m: best_models([r for r in rows if r["metric"] == m and _is_model(results, r)]) for m in metrics}
-    head = "<th>model</th>" + "".join(f"<th>{escape(describe(m).label)} {describe(m).arrow}</th>" for m in metrics)
+    parts = [f'<h3>{escape(benchmark)} <small class="lead">n = {max(r["n"] for r in rows):,}</small></h3>']
+    if len(metrics) <= WIDE:
+        parts.append(_table(results, benchmark, metrics, f"Results on {benchmark}"))
+    else:
+        for theme in THEMES:
+            members = [m for m in metrics if m.theme == theme]
+            if members:
+                caption = f"{theme}, on {benchmark}"
+                parts.append(f"<h4>{escape(theme)}</h4>{_table(results, benchmark, members, caption)}")
+    return "".join(parts)
+
+
+def _table(results: Results, benchmark: str, metrics: Sequence[Metric], label: str) -> str:
+    best = {
+        m.name: best_models([r for r in results.rows if _is_models(results, r, benchmark, m.name)]) for m in metrics
+    }
+    head = "<th>model</th>" + "".join(f"<th>{escape(m.label)} {m.arrow}</th>" for m in metrics)
     body = []
     for kind, title in (("model", "Models"), ("bound", "Bound"), ("reference", "Reference points")):
-        members = [m for m in results.of_kind(kind) if any(r["model"] == m for r in rows)]
+        members = [m for m in results.of_kind(kind) if any(results.find(m, benchmark, n.name) for n in metrics)]
         if members:
             body.append(_group_row(title, len(metrics) + 1))
         for model in members:
             cells = "".join(
-                f"<td>{_cell(results.find(model, benchmark, m), model in best[m])}</td>" for m in metrics
+                f"<td>{_cell(results.find(model, benchmark, m.name), model in best[m.name])}</td>" for m in metrics
             )
             body.append(f'<tr class="{kind}"><td>{escape(model)}</td>{cells}</tr>')
-    n = max(r["n"] for r in rows)
-    return f'<h3>{escape(benchmark)} <small class="lead">n = {n:,}</small></h3>' + _html_table(
-        head, "".join(body), f"Results on {benchmark}"
-    )
+    return _html_table(head, "".join(body), label)
 
 
-def _is_model(results: Results, row: Mapping[str, Any]) -> bool:
-    return results.kinds.get(row["model"]) == "model"
+def _is_models(results: Results, row: Mapping[str, Any], benchmark: str, metric: str) -> bool:
+    return (row["benchmark"], row["metric"], results.kinds.get(row["model"])) == (benchmark, metric, "model")
 
 
 def best_models(rows: Rows) -> list[str]:
@@ -263,23 +280,36 @@ def _cell(row: Mapping[str, Any] | None, bold: bool = False) -> str:
     if row is None or not math.isfinite(row["mean"]):
         return "–"
     mean = text(row["mean"], row["metric"])
-    return f"{f'<b>{mean}</b>' if bold else mean}<small>{interval(row)}</small>"
+    why = escape(row.get("reason") or "")
+    ends = (
+        f'<small title="{why}">{interval(row) or "no interval"}</small>' if why else f"<small>{interval(row)}</small>"
+    )
+    return f"{f'<b>{mean}</b>' if bold else mean}{ends}"
 
 
 def interval_plots(results: Results) -> str:
-    """One plot per metric and benchmark."""
-    figures = []
+    """One plot per metric and benchmark, folded beyond the first few metrics."""
+    folds = []
     for metric in (describe(name) for name in results.metrics):
+        figures = []
         for benchmark in results.benchmarks:
             chosen = [r for m in results.kinds if (r := results.find(m, benchmark, metric.name)) is not None]
             if chosen:
-                which = {"lower": "(lower is better)", "higher": "(higher is better)", "": ""}[metric.better]
                 drawn = plots.intervals(chosen, [results.kinds[r["model"]] for r in chosen], metric.marks)
-                figures.append(
-                    f"<figure><figcaption>{escape(metric.label)} · {escape(benchmark)} "
-                    f'<span class="lead">{which}</span></figcaption>{drawn}</figure>'
-                )
-    return f'<div class="plots">{"".join(figures)}</div>' if figures else ""
+                figures.append(f"<figure><figcaption>{escape(benchmark)}</figcaption>{drawn}</figure>")
+        which = {"lower": "lower is better", "higher": "higher is better", "": ""}[metric.better]
+        folds.append((f'{escape(metric.label)} <span class="lead">{which}</span>', figures))
+    return _folds(folds)
+
+
+def _folds(folds: Sequence[tuple[str, Sequence[str]]], opened: int = 4) -> str:
+    """Titled groups of figures that fold, the first ones open; '' without any figure."""
+    found = [(title, figures) for title, figures in folds if figures]
+    return "".join(
+        f"<details{' open' if i < opened else ''}><summary>{title}</summary>"
+        f'<div class="plots">{"".join(figures)}</div></details>'
+        for i, (title, figures) in enumerate(found)
+    )
 
 
 def differences(results: Results) -> str:
@@ -287,19 +317,19 @@ def differences(results: Results) -> str:
     parts = []
     for baseline, found in itertools.groupby(results.differences, lambda r: r["baseline"]):
         rows = list(found)
-        has_p = any(p_value(row) is not None for row in rows)
+        test = next((name for name in ("p_holm", "p") if all(row.get(name) is not None for row in rows)), None)
         lines = []
         for row in rows:
-            clear = row["low"] > 0 or row["high"] < 0
+            clear = row["low"] is not None and (row["low"] > 0 or row["high"] < 0)
             relative = "" if row["relative"] is None else f"{100 * row['relative']:+.1f} %".replace("-", "−")
-            p = p_value(row)
-            words = "" if p is None else "&lt; 0.001" if p < 0.001 else f"{p:.3f}"
+            p = "" if test is None else f"<td>{'&lt; 0.001' if row[test] < 0.001 else f'{row[test]:.3f}'}</td>"
             lines.append(
                 f"<tr><td>{escape(row['benchmark'])}</td><td>{escape(row['model'])}</td>"
                 f'<td>{escape(describe(row["metric"]).label)}</td><td class="clear">{_cell(row, clear)}</td>'
-                f"<td>{relative}</td>{f'<td>{words}</td>' if has_p else ''}<td>{row['n']:,}</td></tr>"
+                f"<td>{relative}</td>{p}<td>{row['n']:,}</td></tr>"
             )
-        names = ("benchmark", "model", "metric", "difference", "relative", *(["p (Holm)"] * has_p), "pairs")
+        heading = {"p_holm": ["p (Holm)"], "p": ["p"], None: []}[test]
+        names = ("benchmark", "model", "metric", "difference", "relative", *heading, "pairs")
         head = "".join(f"<th>{name}</th>" for name in names)
         parts.append(
             f"<p>Each pair’s value minus that of <b>{escape(baseline)}</b> on the same pair; bold where the interval "
@@ -308,44 +338,58 @@ def differences(results: Results) -> str:
     return "".join(parts)
 
 
-def p_value(row: Mapping[str, Any]) -> float | None:
-    """The corrected p-value of a comparison, or the plain one where nothing was corrected."""
-    found = (row.get(name) for name in ("p_holm", "p_adjusted", "p_value", "p"))
-    return next((float(p) for p in found if p is not None), None)
-
-
 def regressions(results: Results) -> str:
     """Means of models on one benchmark against those on another, with R²; empty with fewer than two benchmarks."""
-    figures = []
+    folds = []
     for first, second in itertools.combinations(results.benchmarks, 2):
+        figures = []
         for metric in (describe(name) for name in results.metrics):
             points = [
                 {"name": m, "kind": results.kinds[m], "x": x, "y": y}
                 for m in results.kinds
                 if (x := results.find(m, first, metric.name)) and (y := results.find(m, second, metric.name))
             ]
-            models = [(p["x"]["mean"], p["y"]["mean"]) for p in points if p["kind"] == "model"]
             if len(points) < 2:
                 continue
-            fit = least_squares(models)
-            ends = (min(x for x, _ in models), max(x for x, _ in models)) if models else (0.0, 0.0)
-            line = None if fit is None else fit[:2]
-            words = "no line: it takes three models" if fit is None else f"R² = {fit[2]:.3f}, {len(models)} models"
+            line, models, words = _line(results, first, second, metric.name, points)
+            ends = [p["x"]["mean"] for p in points if p["name"] in models]
             known = published.REGRESSIONS.get(metric.name)
             if known is not None and {first, second} == {"nabla", "inat-seen"}:
                 words += f"; published R² = {known}"
             figures.append(
-                f"<figure><figcaption>{escape(metric.label)} "
-                f'<span class="lead">{words}</span></figcaption>'
-                f"{plots.scatter(points, (first, second), line, ends)}</figure>"
+                f'<figure><figcaption>{escape(metric.label)} <span class="lead">{escape(words)}</span></figcaption>'
+                f"{plots.scatter(points, (first, second), line, (min(ends, default=0), max(ends, default=0)))}</figure>"
             )
-    if not figures:
+        folds.append((f"{escape(second)} against {escape(first)}", figures))
+    drawn = _folds(folds, opened=1)
+    if not drawn:
         return ""
     return (
-        "<p>Does one benchmark foretell another? Each cross is a model with its two intervals; the line is least squares "
-        "over the models alone, reference points (grey) are not in it.</p>"
-        f'<div class="plots">{"".join(figures)}</div>'
+        "<p>Does one benchmark foretell another? Each cross is a model with its two intervals; the line is least "
+        f"squares over the models. Reference points (grey) are not in it.</p>{drawn}"
     )
+
+
+def _line(
+    results: Results, first: str, second: str, metric: str, points: Rows
+) -> tuple[tuple[float, float] | None, Sequence[str], str]:
+    """((slope, intercept), the models they are fitted to, what to say), as evaluated or, over several evaluations'
+    models, fitted here.
+    """
+    for row in results.regressions:
+        if (row["x"], row["y"], row["metric"]) == (first, second, metric):
+            if row["slope"] is None:
+                return None, row["models"], row["reason"]
+            r2 = row["r2"]
+            ends = "" if r2["low"] is None else f" [{r2['low']:.3f}, {r2['high']:.3f}]"
+            words = f"R² = {r2['mean']:.3f}{ends}, {len(row['models'])} models"
+            return (row["slope"]["mean"], row["intercept"]["mean"]), row["models"], words
+    chosen = [p for p in points if p["kind"] == "model"]
+    names = [p["name"] for p in chosen]
+    fit = least_squares([(p["x"]["mean"], p["y"]["mean"]) for p in chosen])
+    if fit is None:
+        return None, names, "no line: it takes three models that differ"
+    return fit[:2], names, f"R² = {fit[2]:.3f}, {len(names)} models"
 
 
 def least_squares(points: Sequence[tuple[float, float]]) -> tuple[float, float, float] | None:

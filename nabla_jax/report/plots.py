@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -14,8 +14,10 @@ def intervals(rows: Sequence[dict[str, Any]], kinds: Sequence[str], marks: Seque
     """One line per row: the mean as a dot, its interval as a bar, the model's name at the left.
 
     `rows` are summary rows of one benchmark and metric, `kinds` a CSS class per row ('model', 'bound' or
-    'reference'); `marks` are values drawn as dashed verticals, such as chance.
+    'reference'); a row without an interval (low None) is a dot alone; `marks` are values drawn as dashed
+    verticals, such as chance.
     """
+    rows = [_with_ends(row) for row in rows]
     ends = [v for r in rows for v in (r["low"], r["high"], r["mean"])] + list(marks)
     ticks = nice_ticks(min(ends), max(ends))
     low, high = min(ticks[0], *ends), max(ticks[-1], *ends)
@@ -48,8 +50,16 @@ def intervals(rows: Sequence[dict[str, Any]], kinds: Sequence[str], marks: Seque
     return "".join(parts) + "</svg>"
 
 
+def _with_ends(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row whose interval is its mean where it has none."""
+    return {**row} if row["low"] is not None else {**row, "low": row["mean"], "high": row["mean"]}
+
+
 def scatter(
-    points: Sequence[dict[str, Any]], labels: tuple[str, str], line: tuple[float, float] | None, fitted: tuple[float, float]
+    points: Sequence[dict[str, Any]],
+    labels: tuple[str, str],
+    line: tuple[float, float] | None,
+    fitted: tuple[float, float],
 ) -> str:
     """Means of models on two benchmarks as a cross of their intervals each.
 
@@ -57,6 +67,7 @@ def scatter(
     is (slope, intercept), drawn dashed over the stretch `fitted` of x.
     """
     width, height, left, bottom = 420, 330, 54, 46
+    points = [{**p, "x": _with_ends(p["x"]), "y": _with_ends(p["y"])} for p in points]
     ends = {a: [p[a][k] for p in points for k in ("low", "high", "mean")] for a in "xy"}
     ticks = {a: nice_ticks(min(ends[a]), max(ends[a])) for a in "xy"}
     low = {a: min(ticks[a][0], *ends[a]) for a in "xy"}
@@ -90,20 +101,40 @@ def scatter(
             f'<line class="mark" x1="{x(start):.1f}" y1="{y(a * start + b):.1f}" '
             f'x2="{x(stop):.1f}" y2="{y(a * stop + b):.1f}"/>'
         )
-    for point in points:
+    centres = [(x(p["x"]["mean"]), y(p["y"]["mean"])) for p in points]
+    taken = [(cx - 5, cy - 5, cx + 5, cy + 5) for cx, cy in centres]
+    # Models choose their places first; a reference point that finds none has its name in its tooltip alone.
+    rank = {"model": 0, "bound": 1, "reference": 2}
+    for point, (cx, cy) in sorted(zip(points, centres, strict=True), key=lambda item: rank[item[0]["kind"]]):
         h, v = point["x"], point["y"]
         title = f"{point['name']}: {h['mean']:.4g} on {labels[0]}, {v['mean']:.4g} on {labels[1]}"
-        cx, cy = x(h["mean"]), y(v["mean"])
-        side = "end" if cx > width * 0.62 else "start"
         parts.append(
             f'<g class="{point["kind"]}"><title>{escape(title)}</title>'
             f'<line class="bar thin" x1="{x(h["low"]):.1f}" x2="{x(h["high"]):.1f}" y1="{cy:.1f}" y2="{cy:.1f}"/>'
             f'<line class="bar thin" x1="{cx:.1f}" x2="{cx:.1f}" y1="{y(v["low"]):.1f}" y2="{y(v["high"]):.1f}"/>'
             f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="4"/>'
-            f'<text class="name" x="{cx + (-8 if side == "end" else 8):.1f}" y="{cy - 7:.1f}" text-anchor="{side}">'
-            f"{escape(point['name'])}</text></g>"
         )
+        place = _free_place(cx, cy, 7.2 * len(point["name"]), taken, (left, 2, width, height - bottom))
+        if place is not None:
+            taken.append(place)
+            parts.append(f'<text class="name" x="{place[0]:.1f}" y="{place[3] - 3:.1f}">{escape(point["name"])}</text>')
+        parts.append("</g>")
     return "".join(parts) + "</svg>"
+
+
+Box = tuple[float, float, float, float]
+
+
+def _free_place(cx: float, cy: float, width: float, taken: Sequence[Box], frame: Box) -> Box | None:
+    """(left, top, right, bottom) of a label beside a point, inside the frame and off what is taken."""
+    for dy in (-7, 7, -18, 18, -30, 30):
+        for x in (cx + 8, cx - 8 - width):
+            box = (x, cy + dy - 7, x + width, cy + dy + 7)
+            inside = frame[0] <= box[0] and frame[1] <= box[1] and box[2] <= frame[2] and box[3] <= frame[3]
+            apart = all(box[2] <= t[0] or t[2] <= box[0] or box[3] <= t[1] or t[3] <= box[1] for t in taken)
+            if inside and apart:
+                return box
+    return None
 
 
 def curve(steps: Sequence[float], values: Sequence[float], label: str = "loss") -> str:

@@ -14,8 +14,8 @@ SOURCE = (
     "Published values: arXiv:2512.04485, as quoted by public summaries of the paper, not checked against its PDF. The "
     "paper's “MSE” is a root mean squared error on 0–255. A star marks a model before tuning."
 )
-COLUMNS = ("dino", "siglip", "lpips", "rmse")
-REGRESSIONS = {"dino": 0.986, "rmse": 0.963}
+COLUMNS = ("dinov2", "siglip", "lpips", "rmse")
+REGRESSIONS = {"dinov2": 0.986, "rmse": 0.963}
 """R² of the models' means on NABLA against those on iNat-Seen."""
 
 
@@ -26,7 +26,7 @@ class Row:
     benchmark: str
     control: str
     model: str
-    dino: float | None = None
+    dinov2: float | None = None
     siglip: float | None = None
     lpips: float | None = None
     rmse: float | None = None

@@ -12,9 +12,10 @@ from nabla_jax import runs
 from nabla_jax.errors import UserError
 from nabla_jax.metrics import summary
 from nabla_jax.metrics.summary import PairScore
+from nabla_jax.report.published import COLUMNS
 
 Rows = list[dict[str, Any]]
-FILES = ("summary.json", "summary.md", "comparisons.json", "breakdown.json", "evaluation.json")
+FILES = ("summary.json", "summary.md", "comparisons.json", "breakdown.json", "regressions.json", "evaluation.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Results:
 
     `kinds`: model -> 'model', 'bound' (pictures that know the answer) or 'reference', in table order. `scores`:
     (benchmark, model) -> one PairScore per pair, in the list's order. `differences` are paired: of models from the
-    baseline of their evaluation, and of later runs from the first.
+    baseline of their evaluation, and of later runs from the first. `regressions` are those of a single evaluation:
+    its models are the points of its lines.
     """
 
     folders: dict[str, Path]
@@ -43,13 +45,15 @@ class Results:
     rows: Rows
     breakdown: Rows
     differences: Rows
+    regressions: Rows
     scores: dict[tuple[str, str], list[PairScore]]
     sets: list[PictureSet]
 
     @property
     def metrics(self) -> list[str]:
-        """Metrics of the summary in its order."""
-        return list(dict.fromkeys(r["metric"] for r in self.rows))
+        """Metrics of the summary: the paper's first, the others in its order."""
+        names = list(dict.fromkeys(r["metric"] for r in self.rows))
+        return [m for m in COLUMNS if m in names] + [m for m in names if m not in COLUMNS]
 
     def of_kind(self, *kinds: str) -> list[str]:
         """Models of these kinds, in table order."""
@@ -71,6 +75,7 @@ class _Evaluation:
     rows: Rows
     comparisons: Rows
     breakdown: Rows
+    regressions: Rows
     scores: dict[tuple[str, str], list[PairScore]]
 
 
@@ -115,6 +120,7 @@ def read(folders: Mapping[str, Path]) -> Results:
         rows=[r for label, e in found.items() for r in renamed(e.rows, label)],
         breakdown=[r for label, e in found.items() for r in renamed(e.breakdown, label)],
         differences=differences + _between_runs(found, names),
+        regressions=next(iter(found.values())).regressions if len(found) == 1 else [],
         scores={
             (benchmark, names[label, model]): scores
             for label, e in reversed(found.items())
@@ -143,7 +149,9 @@ def _read_one(folder: Path) -> _Evaluation:
             path = folder / "pairs" / benchmark["name"] / f"{model}.csv"
             if path.is_file():
                 scores[benchmark["name"], model] = summary.from_csv(path)
-    return _Evaluation(folder, about, rows, comparisons, breakdown, scores)
+    path = folder / "regressions.json"  # evaluations of one benchmark have none
+    regressions = runs.read_json(path) if path.is_file() else []
+    return _Evaluation(folder, about, rows, comparisons, breakdown, regressions, scores)
 
 
 def _kinds(about: Mapping[str, Any]) -> dict[str, str]:

@@ -107,10 +107,11 @@
   };
   const visibleSets = (bench) => bench.data.sets.filter((s) => !state.hidden.has(s.name));
   const headline = (set, i) => {
-    const names = meta.order.filter((m) => m !== "pixels" && !missing(set.values[m]?.[i]));
+    const names = meta.order.filter((m) => !["pixels", "area"].includes(m) && !missing(set.values[m]?.[i]));
     const first = names.includes(state.sort) ? [state.sort] : [];
-    return [...first, ...names.filter((m) => m !== state.sort)].slice(0, 3)
-      .map((m) => h("span", { className: m === state.sort ? "now" : "" }, `${metric(m).label} ${show(set.values[m][i], m)}`));
+    return [...first, ...names.filter((m) => m !== state.sort)].slice(0, 4)
+      .map((m) => h("span", { className: m === state.sort ? "now" : "", title: metric(m).label },
+        h("i", {}, metric(m).label), show(set.values[m][i], m)));
   };
   const title = (bench, i) => bench.data.classes[bench.data.columns.class[i]];
   const credit = (bench, i) => {
