@@ -86,7 +86,7 @@ class Browser:
         message, _, self.buffer = self.buffer.partition(b"\0")
         return json.loads(message)
 
-    def call(self, method, session=None, timeout=30.0, **parameters):
+    def call(self, method, session=None, timeout=120.0, **parameters):
         """Sends a command and returns its result; events on the way are kept."""
         number, deadline = self.send(method, session, **parameters), time.monotonic() + timeout
         while True:
@@ -131,7 +131,7 @@ class Page:
         answer = self.call("Page.navigate", url=Path(path).resolve().as_uri() + anchor)
         assert "errorText" not in answer, answer
         while len(self.events("Page.loadEventFired")) == before:
-            self.browser.events.append(self.browser.receive(start + 30))
+            self.browser.events.append(self.browser.receive(start + 120))
         return time.monotonic() - start
 
     def js(self, expression):
