@@ -126,12 +126,15 @@ def read(folders: Mapping[str, Path]) -> Results:
             for label, e in reversed(found.items())
             for (benchmark, model), scores in e.scores.items()
         },
-        sets=[
-            PictureSet(names[label, s["model"]], s["benchmark"], s, e.folder)
-            for label, e in found.items()
-            for s in e.about["sets"]
-            if first[names[label, s["model"]]] == label
-        ],
+        sets=sorted(
+            (
+                PictureSet(names[label, s["model"]], s["benchmark"], s, e.folder)
+                for label, e in found.items()
+                for s in e.about["sets"]
+                if first[names[label, s["model"]]] == label
+            ),
+            key=lambda s: list(kinds).index(s.model),
+        ),
     )
 
 

@@ -28,7 +28,9 @@ KEYS = {"Enter": 13, "Escape": 27, "Tab": 9, "ArrowLeft": 37, "ArrowUp": 38, "Ar
 
 def executable():
     """Chromium's path. Raises AssertionError saying how to get it."""
-    found = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+    found = next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    )
     assert found, "found no chromium, expected one on the PATH: scripts/ensure_chromium.sh installs Debian's"
     return found
 
@@ -97,8 +99,9 @@ class Browser:
             self.events.append(message)
 
     def page(self, width=1280, height=900, dark=False, mobile=False):
-        """A new empty tab."""
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        """A new empty tab that shares nothing with the others."""
+        context = self.call("Target.createBrowserContext")["browserContextId"]
+        target = self.call("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         return Page(self, session, width, height, dark, mobile)
 
@@ -108,11 +111,9 @@ class Page:
 
     def __init__(self, browser, session, width, height, dark, mobile):
         self.browser, self.session = browser, session
-        for domain in ("Page", "Runtime", "Log", "Network"):
+        for domain in ("Page", "Runtime", "Log", "Network", "Performance"):
             self.call(f"{domain}.enable")
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile
-        )
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
@@ -120,9 +121,7 @@ class Page:
         return self.browser.call(method, self.session, **parameters)
 
     def events(self, *methods):
-        return [
-            e for e in self.browser.events if e.get("sessionId") == self.session and e["method"] in methods
-        ]
+        return [e for e in self.browser.events if e.get("sessionId") == self.session and e["method"] in methods]
 
     def open(self, path, anchor=""):
         """Goes to a file and waits until it is loaded; returns seconds."""
@@ -162,11 +161,21 @@ class Page:
             "e.dispatchEvent(new Event('input', {bubbles: true})); })()"
         )
 
+    def processor_time(self):
+        """Seconds that the page's main thread has worked."""
+        metrics = self.call("Performance.getMetrics")["metrics"]
+        return next(m["value"] for m in metrics if m["name"] == "ThreadTime")
+
+    def close(self):
+        self.call("Page.close")
+
     def problems(self):
         """What a person would see red in the console: errors, warnings, exceptions, requests that are not files."""
         self.js("1")  # lets pending events arrive
         found = [e["params"]["exceptionDetails"] for e in self.events("Runtime.exceptionThrown")]
-        found += [e["params"] for e in self.events("Runtime.consoleAPICalled") if e["params"]["type"] in ("error", "warning")]
+        found += [
+            e["params"] for e in self.events("Runtime.consoleAPICalled") if e["params"]["type"] in ("error", "warning")
+        ]
         found += [e["params"]["entry"] for e in self.events("Log.entryAdded")]
         addresses = [e["params"]["request"]["url"] for e in self.events("Network.requestWillBeSent")]
         return found + [a for a in addresses if not a.startswith(("file:", "data:", "about:"))]

@@ -13,4 +13,10 @@ def browser():
 @pytest.fixture(scope="session")
 def many(tmp_path_factory):
     """A report of 10,000 pairs, and what is in it."""
-    return many_pairs.write(tmp_path_factory.mktemp("many"))
+    return many_pairs.write(tmp_path_factory.mktemp("many"), 10_000)
+
+
+@pytest.fixture(scope="session")
+def few(tmp_path_factory):
+    """The same of 500 pairs."""
+    return many_pairs.write(tmp_path_factory.mktemp("few"), 500)

@@ -1,12 +1,14 @@
 """The report in a real Chromium, opened from disk: 10,000 pairs, keyboard, themes, phone, and text that stays text."""
 
 import json
+import os
+import time
 
 import numpy as np
 import pytest
 
 from nabla_jax import report
-from tests.browser.many_pairs import BENCHMARKS, MARKUP, PAIRS
+from tests.browser.many_pairs import BENCHMARKS, MARKUP
 
 READY = "document.querySelectorAll('.pair').length > 0"
 COUNT = "document.getElementById('count').textContent"
@@ -14,9 +16,9 @@ TITLES = "[...document.querySelectorAll('.pair h3 small')].map(e => e.textConten
 
 
 @pytest.fixture
-def page(browser, many):
+def page(browser, few):
     page = browser.page()
-    page.open(many.page)
+    page.open(few.page)
     page.wait(READY)
     return page
 
@@ -26,17 +28,34 @@ def keys(page):
     return [text.rpartition("pair ")[2] for text in page.js(TITLES)]
 
 
-def test_ten_thousand_pairs_open_in_two_seconds(browser, many):
-    took = []
+def test_ten_thousand_pairs_open_sort_and_filter_in_two_seconds(browser, many):
+    """Processor time of the page, which other work on the machine does not change; elapsed time where there is none."""
+    tries = []
     for _ in range(3):
         # A tab of its own each time: nothing is kept in memory.
         page = browser.page()
         page.open(many.page)
         page.wait(READY)
-        took.append(page.js("performance.now()"))
-        assert page.js(COUNT) == f"1–24 of {PAIRS:,} pairs"
-    print(f"opened in {', '.join(f'{t / 1000:.2f}' for t in took)} s")
-    assert min(took) < 2000  # the quickest: the others may have shared the machine
+        opened = page.js("performance.now()") / 1000
+        assert page.js(COUNT) == "1–24 of 10,000 pairs"
+        opening = page.processor_time()
+        start = time.monotonic()
+        page.choose("#controls [name=sort]", "rmse")
+        page.choose("#controls [name=group]", "Gulls")
+        page.choose("#controls [name=words]", "bird ann")
+        assert keys(page)[0] == max(gulls(many), key=lambda s: s.rmse).pair
+        tries.append((opening, opened, page.processor_time() - opening, time.monotonic() - start))
+        page.close()
+    opening, opened, working, worked = map(min, zip(*tries, strict=True))
+    print(f"10,000 pairs: opened in {opened:.2f} s ({opening:.2f} s of processor time), ", end="")
+    print(f"sorted and filtered twice in {worked:.2f} s ({working:.2f} s)")
+    assert opening < 2 and working < 2
+    if os.getloadavg()[0] < os.cpu_count():
+        assert opened < 2 and worked < 2
+
+
+def gulls(many):
+    return [s for s in many.scores[BENCHMARKS[0], "demo"] if s.order == "Gulls"]
 
 
 def test_nothing_red_in_the_console_and_no_request_leaves_the_disk(page):
@@ -48,34 +67,34 @@ def test_nothing_red_in_the_console_and_no_request_leaves_the_disk(page):
 
 
 @pytest.mark.parametrize("descending", [False, True])
-def test_sorting_by_a_metric_of_a_set(page, many, descending):
+def test_sorting_by_a_metric_of_a_set(page, few, descending):
     page.choose("#controls [name=sort]", "ssim")
     page.choose("#controls [name=of]", MARKUP)
     page.choose("#controls [name=order]", "down" if descending else "up")
-    scores = many.scores[BENCHMARKS[0], MARKUP]
+    scores = few.scores[BENCHMARKS[0], MARKUP]
     known = [s for s in scores if s.ssim is not None]
     sign = -1 if descending else 1
     expected = [s.pair for s in sorted(known, key=lambda s: sign * round(s.ssim, 5))]
     assert keys(page) == expected[:24]
     page.js("(() => { const e = document.querySelector('.pager input'); e.value = 1e6; e.onchange(); })()")
     last = [s.pair for s in scores if s.ssim is None]  # pairs without the number come last either way
-    rest = PAIRS % 24 or 24
+    rest = few.pairs % 24 or 24
     assert keys(page) == last[-rest:]
 
 
-def test_choosing_a_metric_shows_its_worst_pairs_and_differences_of_sets_sort_too(page, many):
+def test_choosing_a_metric_shows_its_worst_pairs_and_differences_of_sets_sort_too(page, few):
     page.choose("#controls [name=of]", "demo\nuntuned")
     page.choose("#controls [name=sort]", "rmse")
-    mine, base = (many.scores[BENCHMARKS[0], name] for name in ("demo", "untuned"))
+    mine, base = (few.scores[BENCHMARKS[0], name] for name in ("demo", "untuned"))
     difference = np.array([round(a.rmse, 5) - round(b.rmse, 5) for a, b in zip(mine, base, strict=True)])
     assert keys(page) == [mine[i].pair for i in np.argsort(-difference, kind="stable")[:24]]
 
 
-def test_filters_by_class_order_and_words(page, many):
-    scores = many.scores[BENCHMARKS[0], "demo"]
+def test_filters_by_class_order_and_words(page, few):
+    scores = few.scores[BENCHMARKS[0], "demo"]
     name = f"Bird 5 {MARKUP}"
     page.choose("#controls [name=class]", name)
-    of_class = [s.pair for s in scores if many.class_of[s.target_id] == name]
+    of_class = [s.pair for s in scores if few.class_of[s.target_id] == name]
     assert keys(page) == of_class[:24] and page.js(COUNT).endswith(f"of {len(of_class):,} pairs")
     page.choose("#controls [name=class]", "")
     page.choose("#controls [name=group]", "Gulls")
@@ -88,7 +107,7 @@ def test_filters_by_class_order_and_words(page, many):
     assert page.js(COUNT) == "0 pairs" and keys(page) == []
     page.choose("#controls [name=words]", "")
     page.choose("#controls [name=benchmark]", BENCHMARKS[1])
-    page.wait(f"{COUNT}.endsWith('of 200 pairs')")
+    page.wait(f"{COUNT}.endsWith('of 50 pairs')")
 
 
 def test_a_row_shows_its_pictures_in_order_and_sets_can_be_hidden(page):
@@ -99,13 +118,13 @@ def test_a_row_shows_its_pictures_in_order_and_sets_can_be_hidden(page):
     assert page.js(captions) == ["subject", "control", "target", *drawn[2:]]
 
 
-def test_the_address_keeps_the_view(browser, many, page):
+def test_the_address_keeps_the_view(browser, few, page):
     page.choose("#controls [name=sort]", "rmse")
     page.choose("#controls [name=group]", "Passerines")
     page.press("]")
     seen, address = keys(page), page.js("location.hash")
     again = browser.page()
-    again.open(many.page, anchor=address)
+    again.open(few.page, anchor=address)
     again.wait(READY)
     again.wait(f"{COUNT}.startsWith('25–48')")
     assert keys(again) == seen
@@ -140,7 +159,7 @@ def test_all_of_it_by_keyboard(page):
     assert page.js(reachable)
 
 
-def test_markup_from_outside_is_shown_as_text(page, many):
+def test_markup_from_outside_is_shown_as_text(page, few):
     page.choose("#controls [name=class]", f"Bird 5 {MARKUP}")
     assert page.js("document.querySelector('.pair h3').firstChild.textContent") == f"Bird 5 {MARKUP}"
     assert f"Ann {MARKUP} O'Hara" in page.js("document.querySelector('.pair .credit').textContent")
@@ -183,9 +202,9 @@ CONTRAST = """
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_light_and_dark_both_read_well_and_can_be_switched(browser, many, dark):
+def test_light_and_dark_both_read_well_and_can_be_switched(browser, few, dark):
     page = browser.page(dark=dark)
-    page.open(many.page)
+    page.open(few.page)
     page.wait(READY)
     ground = "getComputedStyle(document.body).backgroundColor"
     before = page.js(ground)
@@ -198,9 +217,9 @@ def test_light_and_dark_both_read_well_and_can_be_switched(browser, many, dark):
     assert page.js(ground) == before
 
 
-def test_a_phone_never_scrolls_sideways_but_inside_tables(browser, many):
+def test_a_phone_never_scrolls_sideways_but_inside_tables(browser, few):
     page = browser.page(width=390, height=844, mobile=True)
-    page.open(many.page)
+    page.open(few.page)
     page.wait(READY)
     assert page.js("document.documentElement.scrollWidth") <= 390
     page.js("document.querySelector('.pair .generated button').click()")
@@ -208,19 +227,22 @@ def test_a_phone_never_scrolls_sideways_but_inside_tables(browser, many):
     assert page.problems() == []
 
 
-def test_groups_sort_by_their_headings(page):
+def test_groups_sort_by_their_headings(page, few):
     page.wait("document.querySelector('.forest') !== null")
     page.choose("#groups-controls [name=group]", "class")
-    values = "[...document.querySelectorAll('.forest tbody tr')].map(r => Number(r.cells[2].querySelector('.value').textContent))"
+    rows = "[...document.querySelectorAll('.forest tbody tr')]"
+    values = f"{rows}.map(r => Number(r.cells[2].querySelector('.value').textContent))"
     page.js("document.querySelectorAll('.forest thead button')[2].click()")
     found = page.js(values)
-    assert len(found) == 7 and found == sorted(found, reverse=True)
+    assert len(found) == len({s.species for s in few.scores[BENCHMARKS[0], "demo"]}) and found == sorted(
+        found, reverse=True
+    )
     page.js("document.querySelectorAll('.forest thead button')[2].click()")
     assert page.js(values) == sorted(found)
 
 
-def test_two_evaluations_side_by_side(browser, many, tmp_path):
-    first = many.page.parent.parent / "evaluation"
+def test_two_evaluations_side_by_side(browser, few, tmp_path):
+    first = few.page.parent.parent / "evaluation"
     second = tmp_path / "second"
     for source in first.rglob("*"):
         if source.is_file():
