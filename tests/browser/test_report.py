@@ -61,7 +61,7 @@ def gulls(many):
 def test_nothing_red_in_the_console_and_no_request_leaves_the_disk(page):
     for section in ("intervals", "groups", "regression", "extremes", "gallery", "provenance"):
         page.js(f"document.getElementById('{section}').scrollIntoView({{behavior: 'instant'}})")
-    page.wait("document.querySelectorAll('#worst img').length == 8 && document.querySelector('.forest') !== null")
+    page.wait("document.querySelectorAll('#worst img').length == 16 && document.querySelector('.forest') !== null")
     page.wait("[...document.querySelectorAll('.pair img')].filter(i => i.complete && i.naturalWidth).length > 8")
     assert page.problems() == []
 
@@ -100,9 +100,8 @@ def test_filters_by_class_order_and_words(page, few):
     page.choose("#controls [name=group]", "Gulls")
     assert page.js(COUNT).endswith(f"of {sum(s.order == 'Gulls' for s in scores):,} pairs")
     page.choose("#controls [name=words]", "pair 17_2in1")
-    assert page.js(COUNT) in ("0 pairs", "1–1 of 1 pairs")
     page.choose("#controls [name=group]", "")
-    assert keys(page) == ["17_2in1"]
+    assert keys(page) == ["17_2in1", "117_2in1", "217_2in1"]
     page.choose("#controls [name=words]", "no such bird")
     assert page.js(COUNT) == "0 pairs" and keys(page) == []
     page.choose("#controls [name=words]", "")
