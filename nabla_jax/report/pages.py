@@ -431,9 +431,9 @@ def provenance(results: Results, run: Path | None, files: Mapping[str, Sequence[
         found = {m.benchmark: _settings(m.about) for m in members}
         shared = {k: v for k, v in next(iter(found.values())).items() if all(o.get(k) == v for o in found.values())}
         entries = dict(shared)
-        for benchmark, settings in found.items():
+        for name, settings in found.items():
             own = [f"{k}: {v}" for k, v in settings.items() if k not in shared]
-            entries[benchmark] = "; ".join(own)
+            entries[name] = "; ".join(own)
         parts.append(f"<h3>{escape(model)}</h3>{_list(entries)}")
     for benchmark in results.benchmarks.values():
         entries = {
