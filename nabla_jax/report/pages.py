@@ -51,7 +51,8 @@ def write(
     """
     several = not isinstance(evaluations, Path)
     results = reading.read({evaluations.name: evaluations} if isinstance(evaluations, Path) else evaluations)
-    data, wanted = [], {}
+    data: list[dict[str, Any]] = []
+    wanted: dict[str, thumbnails.Thumbnail] = {}
     for benchmark in results.benchmarks:
         columns, thumbs = pairs.columns(results, benchmark, gallery)
         data.append(columns)
@@ -313,10 +314,13 @@ def _folds(folds: Sequence[tuple[str, Sequence[str]]], opened: int = 4) -> str:
 
 
 def differences(results: Results) -> str:
-    """Paired differences; those whose interval excludes zero are bold. Empty without any."""
+    """Paired differences of models and bounds, a table for each baseline and benchmark; those whose interval excludes
+    zero are bold. Empty without any.
+    """
     parts = []
-    for baseline, found in itertools.groupby(results.differences, lambda r: r["baseline"]):
-        rows = list(found)
+    compared = [r for r in results.differences if results.kinds[r["model"]] != "reference"]
+    for baseline, benchmark in dict.fromkeys((r["baseline"], r["benchmark"]) for r in compared):
+        rows = [r for r in compared if (r["baseline"], r["benchmark"]) == (baseline, benchmark)]
         test = next((name for name in ("p_holm", "p") if all(row.get(name) is not None for row in rows)), None)
         lines = []
         for row in rows:
@@ -324,18 +328,23 @@ def differences(results: Results) -> str:
             relative = "" if row["relative"] is None else f"{100 * row['relative']:+.1f} %".replace("-", "−")
             p = "" if test is None else f"<td>{'&lt; 0.001' if row[test] < 0.001 else f'{row[test]:.3f}'}</td>"
             lines.append(
-                f"<tr><td>{escape(row['benchmark'])}</td><td>{escape(row['model'])}</td>"
+                f"<tr><td>{escape(row['model'])}</td>"
                 f'<td>{escape(describe(row["metric"]).label)}</td><td class="clear">{_cell(row, clear)}</td>'
                 f"<td>{relative}</td>{p}<td>{row['n']:,}</td></tr>"
             )
         heading = {"p_holm": ["p (Holm)"], "p": ["p"], None: []}[test]
-        names = ("benchmark", "model", "metric", "difference", "relative", *heading, "pairs")
+        names = ("model", "metric", "difference", "relative", *heading, "pairs")
         head = "".join(f"<th>{name}</th>" for name in names)
         parts.append(
-            f"<p>Each pair’s value minus that of <b>{escape(baseline)}</b> on the same pair; bold where the interval "
-            f"excludes zero.</p>{_html_table(head, ''.join(lines), f'Differences from {baseline}', 3)}"
+            f"<details{'' if parts else ' open'}><summary>from {escape(baseline)} on {escape(benchmark)}</summary>"
+            f"{_html_table(head, ''.join(lines), f'Differences from {baseline} on {benchmark}', 2)}</details>"
         )
-    return "".join(parts)
+    if not parts:
+        return ""
+    return (
+        "<p>Each pair’s value minus the baseline’s on the same pair; bold where the interval excludes zero. Those of "
+        f"reference points are in comparisons.json.</p>{''.join(parts)}"
+    )
 
 
 def regressions(results: Results) -> str:
@@ -344,7 +353,7 @@ def regressions(results: Results) -> str:
     for first, second in itertools.combinations(results.benchmarks, 2):
         figures = []
         for metric in (describe(name) for name in results.metrics):
-            points = [
+            points: list[dict[str, Any]] = [
                 {"name": m, "kind": results.kinds[m], "x": x, "y": y}
                 for m in results.kinds
                 if (x := results.find(m, first, metric.name)) and (y := results.find(m, second, metric.name))
