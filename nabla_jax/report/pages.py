@@ -317,7 +317,7 @@ def differences(results: Results) -> str:
     """Paired differences of models and bounds, a table for each baseline and benchmark; those whose interval excludes
     zero are bold. Empty without any.
     """
-    parts = []
+    parts: list[str] = []
     compared = [r for r in results.differences if results.kinds[r["model"]] != "reference"]
     for baseline, benchmark in dict.fromkeys((r["baseline"], r["benchmark"]) for r in compared):
         rows = [r for r in compared if (r["baseline"], r["benchmark"]) == (baseline, benchmark)]
