@@ -1,5 +1,6 @@
 # make demo  — train a short run on the embedded world, re-pose birds, evaluate: runs/demo/report/index.html
-# make test  — every test; both install what they need into .venv first
+# make test  — every test but those of the browser; both install what they need into .venv first
+# make test-browser — the report in a headless Chromium, which apt-get installs where there is none
 #
 # PYTHON=python3.12    another interpreter (3.11 or newer)
 # TORCH_INDEX=URL      a wheel index for torch (the tests compare with it), e.g. one with CPU or CUDA builds
@@ -10,7 +11,7 @@ WORLD_SEED ?= 0
 TORCH_INDEX ?=
 BIN := .venv/bin
 
-.PHONY: install demo test lint types bench clean
+.PHONY: install demo test test-browser lint types bench clean
 
 install: .venv/installed
 
@@ -27,7 +28,11 @@ demo: install
 	@WORLD_SEED=$(WORLD_SEED) PYTHON=$(BIN)/python scripts/demo.sh
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=20
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=20 --ignore=tests/browser
+
+test-browser: install
+	@bash scripts/ensure_chromium.sh
+	$(BIN)/python -m pytest tests/browser --durations=5
 
 lint: install
 	$(BIN)/ruff check .

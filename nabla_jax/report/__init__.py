@@ -1,5 +1,6 @@
-"""The results as one folder of static HTML: tables, plots, loss curve and a gallery. Opens anywhere,
-offline.
+"""The results as one folder of static HTML: the paper's table, plots, a gallery of every pair.
+
+Opens from disk, without server or network.
 """
 
 from nabla_jax.report.pages import write

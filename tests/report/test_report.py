@@ -1,5 +1,6 @@
 """The static report: it shows what the evaluation says, and works from a file, offline."""
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -8,6 +9,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +18,8 @@ from nabla_jax import report
 from nabla_jax.errors import UserError
 from nabla_jax.images import read_rgb
 from nabla_jax.metrics import summary
-from nabla_jax.report import pages, plots
+from nabla_jax.report import __main__ as command
+from nabla_jax.report import pages, plots, reading, thumbnails, vocabulary
 from tests import fake_world
 
 MODELS = {
@@ -72,6 +75,12 @@ def built(tmp_path_factory):
     return folder / "results", folder / "out", found
 
 
+def columns(out, number=0):
+    """What a report's script hands to the page for a benchmark."""
+    text = (out / pages.FOLDER / f"pairs-{number}.js").read_text()
+    return json.loads(re.fullmatch(r"nablaReport\.pairs\((.*)\);\n", text)[1])
+
+
 def test_the_page_is_well_formed_and_needs_no_network(built):
     _, out, _ = built
     text = (out / "index.html").read_text()
@@ -80,12 +89,15 @@ def test_the_page_is_well_formed_and_needs_no_network(built):
         for name in ("src", "href"):
             value = attributes.get(name, "")
             assert not re.match(r"(https?:)?//", value or "")
-    assert "url(" not in text and "@import" not in text and "fetch(" not in text
+    script = (out / pages.FOLDER / "report.js").read_text()
+    for word in ("url(", "@import", "fetch(", "XMLHttpRequest", "http:", "https:", "innerHTML", "insertAdjacentHTML"):
+        assert word not in text + script
     local = [a["href"] for a in page.all("a") if not a["href"].startswith("#")]
+    local += [a["src"] for a in page.all("script") if "src" in a]
     assert local and all((out / file).is_file() for file in local)
     anchors = {a["href"][1:] for a in page.all("a") if a["href"].startswith("#")}
-    assert anchors == {a["id"] for a in page.all("section")}
-    assert {"results", "intervals", "training", "gallery", "provenance"} <= anchors
+    assert anchors - {"main"} == {a["id"] for a in page.all("section")}
+    assert {"results", "intervals", "groups", "extremes", "training", "gallery", "provenance"} <= anchors
 
 
 def test_every_number_of_the_summary_is_in_the_table(built):
@@ -99,7 +111,7 @@ def test_every_number_of_the_summary_is_in_the_table(built):
 def test_the_best_model_is_bold_but_bounds_and_reference_points_are_not(built):
     _, out, rows = built
     text = (out / "index.html").read_text()
-    table = text[text.index("<table>") : text.index("</table>")]
+    table = text[text.index('aria-label="Results on ellipses"') : text.index('<div class="terms">')]
     lines = re.findall(r'<tr class="(\w+)"><td>([^<]+)</td>(.*?)</tr>', table)
     assert [(kind, name) for kind, name, _ in lines] == [
         ("model", "untuned"),
@@ -108,35 +120,69 @@ def test_the_best_model_is_bold_but_bounds_and_reference_points_are_not(built):
         *(("reference", name) for name in verb.REFERENCES),
     ]
     bold = {name: cells.count("<b>") for _, name, cells in lines}
-    assert bold == dict.fromkeys(bold, 0) | {"demo": len(summary.METRICS)}
+    assert bold == dict.fromkeys(bold, 0) | {"demo": len({r["metric"] for r in rows})}
 
 
 def test_ties_are_all_best():
     rows = [{"model": m, "metric": "rmse", "mean": v} for m, v in [("a", 2.0), ("b", 1.0), ("c", 1.0)]]
     assert pages.best_models(rows) == ["b", "c"]
     assert pages.best_models([r | {"metric": "ssim"} for r in rows]) == ["a"]
+    assert pages.best_models([r | {"metric": "lpips_subject"} for r in rows]) == []  # neither direction is better
     assert pages.best_models([]) == []
 
 
-def test_the_gallery_shows_each_pair_in_order_with_its_pictures(built):
+def test_the_gallery_has_each_pair_in_order_with_its_pictures(built):
     results, out, _ = built
-    page = Page((out / "index.html").read_text())
-    pairs = page.all("article", **{"class": "pair"})
-    assert len(pairs) == 6
-    images = page.all("img", loading="lazy")
-    labels = [re.match(r"(.*) of pair", a["alt"]).group(1) for a in images]
-    assert labels == ["subject", "control", "target", *MODELS, "right answer"] * 6
-    assert all((out / a["src"]).is_file() for a in images)
-    scores = json.loads(pairs[0]["data-scores"])
-    assert set(scores) == set(MODELS)
+    data = columns(out)
     stored = {s.pair: s for s in summary.from_csv(results / "pairs" / "ellipses" / "demo.csv")}
-    key = re.search(r"of pair (\w+)", images[0]["alt"]).group(1)
-    assert scores["demo"]["rmse"] == pytest.approx(stored[key].rmse, abs=1e-4)
-    identity = 1 - stored[key].right_error / stored[key].sibling_error
-    assert scores["demo"]["normalised_identity"] == pytest.approx(identity, abs=1e-4)
-    target, control = read_rgb(out / images[2]["src"]), read_rgb(out / images[1]["src"])
+    pairs = data["columns"]["pair"]
+    assert len(pairs) == 6 and pairs == sorted(pairs, key=list(stored).index)
+    assert [s["name"] for s in data["sets"]] == list(MODELS)
+    demo = data["sets"][1]
+    for i, key in enumerate(pairs):
+        score = stored[key]
+        assert demo["values"]["rmse"][i] == pytest.approx(score.rmse, abs=1e-4)
+        identity = 1 - score.right_error / score.sibling_error
+        assert demo["values"]["normalised_identity"][i] == pytest.approx(identity, abs=1e-4)
+        assert data["classes"][data["columns"]["class"][i]].startswith(score.species)
+
+    def picture(number):
+        return read_rgb(out / pages.FOLDER / "thumbnails" / data["pictures"][number])
+
+    target, control = picture(data["columns"]["target"][0]), picture(data["columns"]["control"][0])
     centre = tuple(side // 2 for side in target.shape[:2])
     assert control[centre].max() < 16 < target[centre].max()  # the silhouette is black in the control
+    answer = picture(data["columns"]["answer"][0])
+    assert np.abs(answer.astype(int) - picture(data["sets"][2]["generated"][0])).mean() < 3  # the ceiling is it
+
+
+def test_differences_have_the_colour_of_their_size_inside_the_mask_alone():
+    target = np.full((30, 40, 3), 100, np.uint8)
+    generated = target.copy()
+    generated[:, :20] += 50
+    generated[:, 20:] += 155
+    mask = np.zeros((30, 40), bool)
+    mask[5:25, 5:35] = True
+    drawn = thumbnails.difference(generated, target, mask)
+    assert drawn.shape == (30, 40, 4)
+    assert (drawn[..., 3] == np.where(mask, 255, 0)).all()
+    colours = thumbnails.scale()
+    assert (drawn[10, 10, :3] == colours[round(50 * 255 / thumbnails.FULL_SCALE)]).all()
+    assert (drawn[10, 30, :3] == colours[-1]).all()  # beyond the scale
+    assert (np.diff(colours @ [0.299, 0.587, 0.114]) > 0).all()  # larger is lighter
+
+
+def test_thumbnails_are_written_once_and_stale_ones_go(built, tmp_path):
+    results, _, _ = built
+    out = tmp_path / "out"
+    report.write(results, out, gallery=4)
+    folder = out / pages.FOLDER / "thumbnails"
+    times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    report.write(results, out, gallery=4)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == times
+    report.write(results, out, gallery=2)
+    fewer = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert fewer.items() < times.items()
 
 
 def test_a_report_beside_the_results_is_the_same_page(built, tmp_path):
@@ -145,7 +191,8 @@ def test_a_report_beside_the_results_is_the_same_page(built, tmp_path):
     shutil.copytree(results, copy)
     report.write(copy, copy, gallery=2)
     report.write(results, tmp_path / "elsewhere", gallery=2)
-    assert (copy / "index.html").read_bytes() == (tmp_path / "elsewhere" / "index.html").read_bytes()
+    for file in ("index.html", f"{pages.FOLDER}/pairs-0.js", f"{pages.FOLDER}/groups.js"):
+        assert (copy / file).read_bytes() == (tmp_path / "elsewhere" / file).read_bytes()
     assert "Training" not in (copy / "index.html").read_text()
 
 
@@ -153,18 +200,137 @@ def test_text_from_the_data_is_escaped(built, tmp_path):
     results, _, _ = built
     copy = tmp_path / "results"
     shutil.copytree(results, copy)
+    bad = "</script><script>alert(1)</script>"
     for path in (copy / "pairs" / "ellipses").glob("*.csv"):
-        path.write_text(path.read_text().replace("Bird 0", "<script>alert(1)</script>"))
+        path.write_text(path.read_text().replace("Bird 0", bad))
+    for name in ("summary", "comparisons", "breakdown", "evaluation"):
+        text = (copy / f"{name}.json").read_text().replace('"demo"', '"<script>demo"')
+        (copy / f"{name}.json").write_text(text.replace('"rmse"', '"</script><b>"').replace("000000", bad))
     report.write(copy, copy, gallery=14)
-    assert "<script>alert" not in (copy / "index.html").read_text()
+    text = (copy / "index.html").read_text()
+    assert "<script>alert" not in text and "<script>demo" not in text and "</script><b>" not in text
+    Page(text)
 
 
 def test_missing_inputs_are_named(built, tmp_path):
     results, _, _ = built
-    with pytest.raises(UserError, match=r"summary\.json: no such file"):
+    with pytest.raises(UserError, match=r"evaluation\.json: no such file"):
         report.write(tmp_path, tmp_path / "out")
     with pytest.raises(UserError, match=r"metrics\.jsonl: found no row"):
         report.write(results, tmp_path / "out", run=tmp_path)
+    copy = tmp_path / "results"
+    shutil.copytree(results, copy)
+    about = json.loads((copy / "evaluation.json").read_text())
+    about["sets"][0]["model"] = "../../demo"
+    (copy / "evaluation.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="expected one without a path"):
+        report.write(copy, tmp_path / "out")
+
+
+def test_evaluations_side_by_side(built, tmp_path):
+    results, _, _ = built
+    other = tmp_path / "other"
+    shutil.copytree(results, other)
+    path = other / "pairs" / "ellipses" / "demo.csv"
+    worse = [dataclasses.replace(s, rmse=s.rmse + 5) for s in summary.from_csv(path)]
+    path.write_text(summary.to_csv(worse))
+    found = reading.read({"a": results, "b": other})
+    assert found.of_kind("model") == ["untuned", "demo (a)", "demo (b)"]
+    assert found.of_kind("reference") == list(verb.REFERENCES)
+    (difference,) = [r for r in found.differences if r["baseline"] == "demo (a)" and r["metric"] == "rmse"]
+    assert difference["model"] == "demo (b)" and difference["mean"] == pytest.approx(5)
+    page = report.write({"a": results, "b": other}, tmp_path / "out", gallery=3)
+    assert page.read_text().count("<td>demo (b)</td>") > 1
+    assert [s["name"] for s in columns(tmp_path / "out")["sets"]] == [*found.of_kind("model"), "autoencoder-ceiling"]
+
+
+def test_evaluations_of_other_pairs_or_versions_do_not_compare(built, tmp_path):
+    results, _, _ = built
+    other = tmp_path / "other"
+    shutil.copytree(results, other)
+    path = other / "pairs" / "ellipses" / "copy-target.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(UserError, match="13 pairs, 13 of them among the 14 of a"):
+        reading.read({"a": results, "b": other})
+    about = json.loads((other / "evaluation.json").read_text())
+    (other / "evaluation.json").write_text(json.dumps(about | {"version": 0}))
+    with pytest.raises(UserError, match="other versions|different versions"):
+        reading.read({"a": results, "b": other})
+
+
+def test_the_command_names_folders(tmp_path):
+    for name in ("x/report", "y/report", "z"):
+        (tmp_path / name).mkdir(parents=True)
+    words = [str(tmp_path / "x/report"), str(tmp_path / "y/report"), f"last={tmp_path / 'z'}"]
+    assert list(command.named_folders(words)) == ["x/report", "y/report", "last"]
+    with pytest.raises(UserError, match="no such folder"):
+        command.named_folders([str(tmp_path / "w")])
+    with pytest.raises(UserError, match="expected a folder for the report of 2"):
+        command.main(words[:2])
+
+
+def published_results(benchmark):
+    """Results of one model whose metrics are the paper's."""
+    rows = [
+        {"model": "mine", "benchmark": benchmark, "metric": m, "mean": v, "low": None, "high": None, "n": 3}
+        for m, v in (("dinov2", 0.5), ("rmse", 60.0))
+    ]
+    empty = {"folders": {}, "abouts": {}, "breakdown": [], "differences": [], "regressions": [], "scores": {}}
+    return reading.Results(**empty, benchmarks={benchmark: {}}, kinds={"mine": "model"}, rows=rows, sets=[])
+
+
+def test_the_papers_table_says_what_is_not_known():
+    text = pages.paper_table(published_results("nabla"))
+    lines = re.findall(r'<tr class="published">(.*?)</tr>', text)
+    cells = {tuple(row[:2]): row[2:] for row in (re.findall(r"<td[^>]*>([^<]*)</td>", line) for line in lines)}
+    assert cells["Om-K", "fill"] == ["0.78", "0.94", "0.060", "51.0"]
+    assert cells["Om-K", "depth"] == ["unknown", "unknown", "unknown", "57.0"]
+    assert cells["Om-K", "keypoints"] == ["unknown"] * 4
+    assert "do not compare" not in text and "60.0" in text
+    assert "do not compare" in pages.paper_table(published_results("toy-nabla"))
+    assert pages.paper_table(published_results("clips")) == ""
+
+
+def test_metrics_that_are_not_listed_are_shown_with_their_words():
+    assert vocabulary.describe("beak_curvature") == vocabulary.Metric("beak_curvature", "beak curvature", "")
+    assert vocabulary.describe("lpips_box").better == "lower"
+    assert vocabulary.describe("dinov2_subject").better == ""  # a pasted subject has much of it
+    assert all(vocabulary.describe(m).better for m in summary.METRICS if not m.endswith("_subject"))
+
+
+@given(st.lists(st.tuples(st.floats(-10, 10), st.floats(-10, 10)), min_size=3, max_size=9))
+@settings(max_examples=100, deadline=None)
+def test_the_line_is_that_of_least_squares(points):
+    x, y = np.array(points).T
+    fit = pages.least_squares(points)
+    if fit is None:
+        assert np.ptp(x) == 0 or np.ptp(y) == 0 or min(np.var(x), np.var(y)) < 1e-12
+    elif min(np.var(x), np.var(y)) > 1e-6:
+        expected = scipy.stats.linregress(x, y)
+        assert fit == pytest.approx((expected.slope, expected.intercept, expected.rvalue**2), rel=1e-4, abs=1e-6)
+
+
+def test_labels_of_a_regression_do_not_cover_each_other():
+    rng = np.random.default_rng(0)
+    points = [
+        {
+            "name": f"model <{i}>",
+            "kind": "model",
+            "x": {"mean": v, "low": None, "high": None},
+            "y": {"mean": v + 0.01 * i, "low": v - 1, "high": v + 1},
+        }
+        for i, v in enumerate(rng.normal(size=6))
+    ]
+    drawn = ElementTree.fromstring(plots.scatter(points, ("a & b", "c"), (1.0, 0.0), (-1.0, 1.0)))
+    boxes = [
+        (float(t.get("x")), float(t.get("y")), 7.2 * len(t.text))
+        for t in drawn.iter("text")
+        if t.get("class") == "name"
+    ]
+    assert len(boxes) >= 4
+    for i, (x, y, width) in enumerate(boxes):
+        assert all(abs(y - v) >= 14 or x + width <= u or u + w <= x for u, v, w in boxes[:i])
+    assert len(list(drawn.iter("circle"))) == 6
 
 
 @given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6), st.integers(2, 9))
