@@ -24,6 +24,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
+from nabla_jax.checkpoints import bfl
 from nabla_jax.checkpoints.safetensors_io import collapse
 from nabla_jax.errors import UserError
 
@@ -39,35 +40,16 @@ class Pair(NamedTuple):
     lora_B: Array
 
 
+def _linears(modules: Mapping[str, tuple[str, ...]], original: str = "", ours: str = "") -> dict[str, tuple[str, ...]]:
+    # Norms have no adapter.
+    return {original + m: tuple(ours + p for p in parts) for m, parts in modules.items() if not m.endswith("_norm")}
+
+
 # Linears of the original single file and the linears of diffusers' layout that they are cut into, in order.
-_ATTENTION = ("to_q", "to_k", "to_v")
 _ORIGINAL: dict[str, tuple[str, ...]] = {
-    "img_in": ("x_embedder",),
-    "txt_in": ("context_embedder",),
-    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
-    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
-    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
-    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
-    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
-    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
-    "double_blocks.#.img_mod.lin": ("transformer_blocks.#.norm1.linear",),
-    "double_blocks.#.txt_mod.lin": ("transformer_blocks.#.norm1_context.linear",),
-    "double_blocks.#.img_attn.qkv": tuple(f"transformer_blocks.#.attn.{n}" for n in _ATTENTION),
-    "double_blocks.#.img_attn.proj": ("transformer_blocks.#.attn.to_out.0",),
-    "double_blocks.#.txt_attn.qkv": tuple(f"transformer_blocks.#.attn.add_{n}_proj" for n in "qkv"),
-    "double_blocks.#.txt_attn.proj": ("transformer_blocks.#.attn.to_add_out",),
-    "double_blocks.#.img_mlp.0": ("transformer_blocks.#.ff.net.0.proj",),
-    "double_blocks.#.img_mlp.2": ("transformer_blocks.#.ff.net.2",),
-    "double_blocks.#.txt_mlp.0": ("transformer_blocks.#.ff_context.net.0.proj",),
-    "double_blocks.#.txt_mlp.2": ("transformer_blocks.#.ff_context.net.2",),
-    "single_blocks.#.linear1": (
-        *(f"single_transformer_blocks.#.attn.{n}" for n in _ATTENTION),
-        "single_transformer_blocks.#.proj_mlp",
-    ),
-    "single_blocks.#.linear2": ("single_transformer_blocks.#.proj_out",),
-    "single_blocks.#.modulation.lin": ("single_transformer_blocks.#.norm.linear",),
-    "final_layer.linear": ("proj_out",),
-    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+    **_linears(bfl.OUTER),
+    **_linears(bfl.DOUBLE, "double_blocks.#.", "transformer_blocks.#."),
+    **_linears(bfl.SINGLE, "single_blocks.#.", "single_transformer_blocks.#."),
 }
 # The original's last modulation gives shift, scale; diffusers' gives scale, shift.
 _SWAPPED = "norm_out.linear"

@@ -25,7 +25,7 @@ C = TypeVar("C", FluxConfig, AutoencoderKLConfig)
 # Stored module -> the published modules it holds, one after another.
 Modules = Mapping[str, tuple[str, ...]]
 
-_OUTER: Modules = {
+OUTER: Modules = {
     "img_in": ("x_embedder",),
     "txt_in": ("context_embedder",),
     "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
@@ -37,7 +37,7 @@ _OUTER: Modules = {
     "final_layer.linear": ("proj_out",),
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
-_DOUBLE: Modules = {
+DOUBLE: Modules = {
     "img_mod.lin": ("norm1.linear",),
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "img_attn.norm.query_norm": ("attn.norm_q",),
@@ -53,7 +53,7 @@ _DOUBLE: Modules = {
     "txt_mlp.0": ("ff_context.net.0.proj",),
     "txt_mlp.2": ("ff_context.net.2",),
 }
-_SINGLE: Modules = {
+SINGLE: Modules = {
     "modulation.lin": ("norm.linear",),
     "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
     "linear2": ("proj_out",),
@@ -158,10 +158,10 @@ def metadata(config: FluxConfig | AutoencoderKLConfig) -> dict[str, str]:
 
 def _flux_modules(shapes: Mapping[str, Shape]) -> list[tuple[str, str, Modules]]:
     """(published prefix, stored prefix, modules) of the outer layers and of every block."""
-    found: list[tuple[str, str, Modules]] = [("", "", _OUTER)]
+    found: list[tuple[str, str, Modules]] = [("", "", OUTER)]
     for prefix, stored, modules in (
-        ("transformer_blocks", "double_blocks", _DOUBLE),
-        ("single_transformer_blocks", "single_blocks", _SINGLE),
+        ("transformer_blocks", "double_blocks", DOUBLE),
+        ("single_transformer_blocks", "single_blocks", SINGLE),
     ):
         found += [(f"{prefix}.{i}.", f"{stored}.{i}.", modules) for i in range(_count(shapes, prefix))]
     return found

@@ -56,6 +56,18 @@ def known_fields(
     return {key: raw[key] for key in names if key in raw}
 
 
+def check_sizes(where: str, **sizes: int) -> None:
+    """Raises UserError unless the sizes of a vision transformer are positive and fit each other."""
+    check_counts(where, **sizes)
+    if sizes["hidden_size"] % sizes["num_attention_heads"]:
+        raise UserError(
+            f"{where}: hidden_size: found {sizes['hidden_size']}, "
+            f"expected a multiple of num_attention_heads ({sizes['num_attention_heads']})"
+        )
+    if sizes["patch_size"] > sizes["image_size"]:
+        raise UserError(f"{where}: patch_size: found {sizes['patch_size']}, expected at most {sizes['image_size']}")
+
+
 def check_counts(where: str, **values: Any) -> None:
     """Raises UserError naming the first of the keyword values that is no positive whole number."""
     for key, value in values.items():

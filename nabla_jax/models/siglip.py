@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from nabla_jax.errors import UserError
 from nabla_jax.models import layers
-from nabla_jax.models.config_file import check_counts, known_fields, read_config
+from nabla_jax.models.config_file import check_sizes, known_fields, read_config
 from nabla_jax.models.layers import Conv2d, Embedding, LayerNorm, Linear
 from nabla_jax.models.vision import MLP, ImageFeatures, attend_heads, embed_patches, gelu_tanh, resize_positions
 
@@ -96,14 +96,7 @@ class SiglipVisionConfig:
 
     def check(self, where: str = "SigLIP config") -> None:
         """Raises UserError unless the sizes are positive and fit each other."""
-        check_counts(where, **{k: v for k, v in dataclasses.asdict(self).items() if k != "layer_norm_eps"})
-        if self.hidden_size % self.num_attention_heads:
-            raise UserError(
-                f"{where}: hidden_size: found {self.hidden_size}, "
-                f"expected a multiple of num_attention_heads ({self.num_attention_heads})"
-            )
-        if self.patch_size > self.image_size:
-            raise UserError(f"{where}: patch_size: found {self.patch_size}, expected at most {self.image_size}")
+        check_sizes(where, **{k: v for k, v in dataclasses.asdict(self).items() if k != "layer_norm_eps"})
 
     def to_json(self) -> dict[str, Any]:
         """The config.json of the tower alone, as transformers reads it."""

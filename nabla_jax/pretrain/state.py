@@ -54,6 +54,41 @@ class State:
     optimizer: Any
 
 
+def muon(
+    learning_rate: float, steps: int, warmup: int, decay: float, weight_decay: float, dimensions: Callable[[Any], Any]
+) -> optax.GradientTransformation:
+    """Muon (orthogonalised momentum) for some matrices, AdamW for all else; clipped, warmed up, decayed.
+
+    Args:
+      learning_rate: after ``warmup`` steps and until the last ``decay`` (a share) of ``steps``.
+      steps: number of updates.
+      warmup: steps of linear rise.
+      decay: share of the steps in which the rate falls linearly to zero.
+      weight_decay: of the matrices that Muon updates.
+      dimensions: parameters -> the same tree of ``optax.contrib.MuonDimensionNumbers``, None for AdamW's.
+    """
+    start = int(steps * (1 - decay))
+    schedule = optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, learning_rate, warmup),
+            optax.constant_schedule(learning_rate),
+            optax.linear_schedule(learning_rate, 0.0, steps - start),
+        ],
+        [warmup, start],
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.contrib.muon(
+            schedule,
+            weight_decay=weight_decay,
+            adam_b2=0.99,
+            adam_weight_decay=0.0,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=dimensions,
+        ),
+    )
+
+
 Update = Callable[..., tuple[Any, Any, Any, dict[str, jax.Array]]]
 
 

@@ -29,7 +29,7 @@ from nabla_jax.flow.path import interpolate, logit_normal_time, pack, velocity
 from nabla_jax.models import layers
 from nabla_jax.models.flux import Flux, FluxConfig
 from nabla_jax.models.layers import Params
-from nabla_jax.pretrain.state import load_arrays, save_arrays
+from nabla_jax.pretrain.state import load_arrays, muon, save_arrays
 
 TASKS = ("caption", "reference", "edit", "compose")
 
@@ -136,16 +136,7 @@ def silence(params: Params) -> Params:
 
 
 def optimizer(settings: Settings) -> optax.GradientTransformation:
-    """Muon (orthogonalised momentum) for matrices of blocks, AdamW for all else; clipped, warmed up, decayed."""
-    start = int(settings.steps * (1 - settings.decay))
-    schedule = optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, settings.learning_rate, settings.warmup),
-            optax.constant_schedule(settings.learning_rate),
-            optax.linear_schedule(settings.learning_rate, 0.0, settings.steps - start),
-        ],
-        [settings.warmup, start],
-    )
+    """See ``state.muon``, which here updates the matrices of blocks, except modulations."""
 
     def dimensions(params: Params) -> Any:
         def spec(path: tuple[Any, ...], leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
@@ -157,17 +148,7 @@ def optimizer(settings: Settings) -> optax.GradientTransformation:
 
         return jax.tree_util.tree_map_with_path(spec, params)
 
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.contrib.muon(
-            schedule,
-            weight_decay=0.01,
-            adam_b2=0.99,
-            adam_weight_decay=0.0,
-            consistent_rms=0.2,
-            muon_weight_dimension_numbers=dimensions,
-        ),
-    )
+    return muon(settings.learning_rate, settings.steps, settings.warmup, settings.decay, 0.01, dimensions)
 
 
 def blank_rectangles(key: jax.Array, latents: jax.Array, blank: jax.Array) -> jax.Array:

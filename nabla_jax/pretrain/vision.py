@@ -26,7 +26,7 @@ from nabla_jax.metrics.statistics import auc
 from nabla_jax.models import layers
 from nabla_jax.models.layers import Params
 from nabla_jax.pretrain.pictures import Families
-from nabla_jax.pretrain.state import State, fit, make_update
+from nabla_jax.pretrain.state import State, fit, make_update, muon
 
 HELD_OUT = 100
 """Families that are measured on, never trained on."""
@@ -73,16 +73,7 @@ class Settings:
 
 
 def optimizer(settings: Settings) -> optax.GradientTransformation:
-    """Muon for matrices of stacked layers, AdamW for all else; clipped, warmed up, decayed."""
-    start = int(settings.steps * (1 - settings.decay))
-    schedule = optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, settings.learning_rate, settings.warmup),
-            optax.constant_schedule(settings.learning_rate),
-            optax.linear_schedule(settings.learning_rate, 0.0, settings.steps - start),
-        ],
-        [settings.warmup, start],
-    )
+    """See ``state.muon``, which here updates the matrices of stacked layers."""
 
     def dimensions(params: Params) -> Any:
         def spec(path: tuple[Any, ...], leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
@@ -91,16 +82,8 @@ def optimizer(settings: Settings) -> optax.GradientTransformation:
 
         return jax.tree_util.tree_map_with_path(spec, params)
 
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.contrib.muon(
-            schedule,
-            weight_decay=settings.weight_decay,
-            adam_b2=0.99,
-            adam_weight_decay=0.0,
-            consistent_rms=0.2,
-            muon_weight_dimension_numbers=dimensions,
-        ),
+    return muon(
+        settings.learning_rate, settings.steps, settings.warmup, settings.decay, settings.weight_decay, dimensions
     )
 
 
