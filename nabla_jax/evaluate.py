@@ -36,7 +36,7 @@ from nabla_jax import config as configs
 from nabla_jax.data import read_dataset
 from nabla_jax.data.dataset import Dataset, Example
 from nabla_jax.data.pairs import Pair, benchmark_pairs, duplicate_rows, shuffled_subjects, split_list, spread
-from nabla_jax.data.taxonomy import qualifier, species_name
+from nabla_jax.data.taxonomy import distance, qualifier, species_name, species_path
 from nabla_jax.errors import UserError
 from nabla_jax.hashing import file_sha256
 from nabla_jax.images import read_mask, read_rgb
@@ -73,6 +73,8 @@ def main(argv: Sequence[str]) -> None:
         limit=arguments.limit,
         allow_missing=arguments.allow_missing,
         networks=config.metrics,
+        baseline=arguments.baseline,
+        trained=trained_species(config),
     )
     if not _is_first():
         return
@@ -98,6 +100,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allow_missing", action="store_true", help="score what is there instead of stopping")
     add("--report", action="store_true", help="also write the static report into --out")
     add("--run", type=Path, help="training run whose loss curve the report shows")
+    add("--baseline", metavar="NAME", help=f"what differences are from: a set or reference point; default {BASELINE}")
     add("--seed", type=int, default=0, help="of the bootstrap and of the drawn reference points")
     add("--workers", type=int, default=2, help="processes; 0 works in this one")
 
@@ -113,17 +116,24 @@ def evaluate(
     limit: int | None = None,
     allow_missing: bool = False,
     networks: configs.Metrics = NO_NETWORKS,
+    baseline: str | None = None,
+    trained: Sequence[tuple[str, ...]] = (),
 ) -> list[dict[str, Any]]:
     """Scores every picture set on every benchmark, writes the results below `out`, returns the summary's
     rows.
 
     `seed` is that of the bootstrap and of the drawn reference points, `shuffle_seed` that of their shuffled
-    subjects (the one `generate` sampled with). Metrics of `networks` that are not named are left out. Among several
-    processes all must call this; only the first writes results and returns rows.
+    subjects (the one `generate` sampled with). Metrics of `networks` that are not named are left out. `baseline` is the
+    set or reference point that comparisons.json has differences from; None is 'untuned', if it is there. `trained` are
+    the taxonomic paths of the species of training (`trained_species`): each pair tells how far its species is from
+    them. Among several processes all must call this; only the first writes results and returns rows.
 
     Raises UserError for pictures that are missing (unless allowed), do not belong to the benchmark, or cannot
     be read; for a target without a mask; and when `out` cannot be written.
     """
+    if baseline is not None and baseline not in (*pictures, *REFERENCES):
+        known = ", ".join([*pictures, *REFERENCES])
+        raise UserError(f"--baseline: found {baseline!r}, expected one of {known}")
     open_benchmark.cache_clear()
     _read_files.cache_clear()
     with runs.lock(out / ".lock", f"--out {out}") if _is_first() else contextlib.nullcontext():
@@ -132,8 +142,11 @@ def evaluate(
         missing = _report_missing(sets, contexts, allow_missing)
         with _mapper(workers) as run_chunks:
             _render_answers(contexts, out, limit, run_chunks)
-            scores = _score_all(pictures, contexts, sets, out, (seed, shuffle_seed), limit, networks, run_chunks)
-        return _write_results(scores, contexts, sets, missing, out, seed, networks) if _is_first() else []
+            seeds = (seed, shuffle_seed)
+            scores = _score_all(pictures, contexts, sets, out, seeds, limit, networks, trained, run_chunks)
+        if not _is_first():
+            return []
+        return _write_results(scores, contexts, sets, missing, out, seed, networks, baseline or BASELINE)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -427,12 +440,15 @@ def _score_all(
     seeds: tuple[int, int],
     limit: int | None,
     networks: configs.Metrics,
+    trained: Sequence[tuple[str, ...]],
     run: Chunks[PairScore],
 ) -> dict[tuple[str, str], list[PairScore]]:
     """(benchmark, model) -> scores in the order of the pairs. Stored scores of the same inputs are reused."""
     scores: dict[tuple[str, str], list[PairScore]] = {}
     work: list[tuple[str, str, str, list[Job]]] = []
     judges = _fingerprint_of_networks(networks)
+    known = hashlib.sha256(json.dumps(sorted(trained)).encode()).hexdigest()[:16]
+    distance = distance_from(trained)
     for name, benchmark in contexts.items():
         other = {}
         if benchmark.oracle is not None:
@@ -444,7 +460,7 @@ def _score_all(
             else:
                 inputs = hashlib.sha256(json.dumps([seeds[0], other], sort_keys=True).encode()).hexdigest()[:16]
                 jobs = [Job(pair.key, None, None, other.get(pair.key)) for pair in benchmark.pairs]
-            inputs = f"{benchmark.fingerprint} {inputs}{judges}"
+            inputs = f"{benchmark.fingerprint} {inputs} {known}{judges}"
             stored = _stored_scores(out, name, model, inputs)
             if stored is not None:
                 scores[name, model] = stored
@@ -464,6 +480,8 @@ def _score_all(
                 bar.update(len(chunk))
             found = _in_order(found, jobs)
             found = judge.add(found, name, model, inputs, jobs)
+            examples = contexts[name].dataset.by_id
+            found = [dataclasses.replace(s, distance=distance(examples[s.target_id])) for s in found]
             if _is_first():
                 _store_scores(out, name, model, inputs, found)
             scores[name, model] = found
@@ -685,6 +703,30 @@ def individual_of(subject: Example, target: Example) -> str:
     return f"individual {subject.individual}" if same else ""
 
 
+def trained_species(config: configs.Config) -> list[tuple[str, ...]]:
+    """The taxonomic paths of the species in the training folder; none where the folder is not there."""
+    if not Path(config.data.root).is_dir():
+        return []
+    dataset = read_dataset(config.data.root, **config.data.reading)
+    return sorted({species_path(e.taxonomy) for e in dataset.of_split(config.data.split)})
+
+
+def distance_from(trained: Sequence[tuple[str, ...]]) -> Callable[[Example], int | None]:
+    """Levels from an example's species up to the lowest group that a species of training shares: 0 for one of them.
+
+    None where that is not known: no species are given, or the data set of a new species names no groups above it.
+    """
+
+    @functools.cache
+    def of_species(path: tuple[str, ...]) -> int | None:
+        if path[-1] in species:
+            return 0
+        return distance(path, trained) if species and len(path) > 2 else None
+
+    species = {path[-1] for path in trained}
+    return lambda example: of_species(species_path(example.taxonomy))
+
+
 def draw_reference(name: str, benchmark: Benchmark, pair: Pair, subject_id: str, seed: int) -> Array:
     """The picture of a reference point for a pair, with `subject_id` as its subject; the target's size.
 
@@ -733,13 +775,14 @@ def _write_results(
     out: Path,
     seed: int,
     networks: configs.Metrics,
+    baseline: str,
 ) -> list[dict[str, Any]]:
     rows, breakdown, comparisons = [], [], []
     for (name, model), found in scores.items():
         rows += summary.rows(model, name, found, seed)
         breakdown += summary.breakdown(model, name, found, seed)
-        if model != BASELINE and (name, BASELINE) in scores:
-            comparisons += summary.compare(model, BASELINE, name, found, scores[name, BASELINE], seed)
+        if model != baseline and (name, baseline) in scores:
+            comparisons += summary.compare(model, baseline, name, found, scores[name, baseline], seed)
     about = {
         "version": VERSION,
         "nabla_jax": nabla_jax.__version__,
@@ -750,7 +793,8 @@ def _write_results(
         "networks": _about_networks(networks),
         "missing": list(missing),
     }
-    lines = summary.regressions(scores, list(dict.fromkeys(m for _, m in scores if m not in REFERENCES)), seed)
+    models = [m for m in dict.fromkeys(m for _, m in scores) if summary.kind(m, REFERENCES) == "model"]
+    lines = summary.regressions(scores, models, seed)
     for file, value in (
         ("comparisons", summary.correct(comparisons)),
         ("breakdown", breakdown),

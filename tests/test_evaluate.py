@@ -17,7 +17,9 @@ import pytest
 
 from nabla_jax import config as configs
 from nabla_jax import evaluate as verb
+from nabla_jax.data import read_dataset
 from nabla_jax.data.pairs import benchmark_pairs
+from nabla_jax.data.taxonomy import species_path
 from nabla_jax.errors import UserError
 from nabla_jax.images import read_rgb, write_image
 from nabla_jax.metrics import perception, pixels, statistics, summary
@@ -145,6 +147,43 @@ def test_breakdown_and_comparisons(results):
     assert row["mean"] == pytest.approx(difference, abs=2e-6)
     assert row["relative"] == pytest.approx(difference / rows["untuned", "rmse"]["mean"], abs=1e-5)
     assert comparisons["perfect", "rmse"]["relative"] == -1
+
+
+def test_differences_are_from_the_baseline_that_is_named(world, results, tmp_path):
+    _, rows = results
+    run(world, tmp_path, ("perfect", "half"), baseline="paste-subject")
+    found = json.loads((tmp_path / "comparisons.json").read_text())
+    assert {r["baseline"] for r in found} == {"paste-subject"}
+    assert {r["model"] for r in found} == {"perfect", "half", *verb.REFERENCES} - {"paste-subject"}
+    row = next(r for r in found if (r["model"], r["metric"]) == ("half", "rmse"))
+    assert row["mean"] == pytest.approx(rows["half", "rmse"]["mean"] - rows["paste-subject", "rmse"]["mean"], abs=2e-6)
+    with pytest.raises(UserError, match="--baseline: found 'tuned', expected one of perfect, "):
+        run(world, tmp_path / "other", ("perfect",), baseline="tuned")
+    assert not (tmp_path / "other").exists()
+
+
+def test_distance_is_that_to_the_nearest_species_of_training(world, tmp_path):
+    examples = read_dataset(world / "birds").examples
+    trained = [("Birds", "Larks", "Sky", "Skylark"), ("Birds", "Finches", "Siskin")]
+    distance = verb.distance_from(trained)
+
+    def of(*path):
+        return distance(dataclasses.replace(examples[0], taxonomy=path))
+
+    assert of("Birds", "Larks", "Sky", "Skylark", "Skylark (Male)") == 0
+    assert of("Birds", "Skylark") == 0  # a list without groups still names the species
+    assert [of("Birds", "Larks", *rest) for rest in (("Sky", "Woodlark"), ("Horned", "Shore Lark"))] == [1, 2]
+    assert of("Birds", "Owls", "Barn Owl") == 2
+    assert of("Birds", "Barn Owl") is None  # no groups: how far is not known
+    assert verb.distance_from([])(examples[0]) is None
+    trained = [e.taxonomy for e in examples if e.species == examples[0].species]
+    run(world, tmp_path, ("perfect",), trained=[species_path(path) for path in trained])
+    scores = summary.from_csv(tmp_path / "pairs" / "ellipses" / "perfect.csv")
+    species = {e.id: e.species for e in examples}
+    assert all((s.distance == 0) == (species[s.target_id] == examples[0].species) for s in scores)
+    assert len({s.distance for s in scores}) > 1
+    groups = {r["value"] for r in json.loads((tmp_path / "breakdown.json").read_text()) if r["group"] == "distance"}
+    assert groups == {str(s.distance) for s in scores}
 
 
 def test_the_printed_table_holds_the_summary(results):

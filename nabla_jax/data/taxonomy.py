@@ -97,6 +97,11 @@ class Taxonomy:
         return tuple(self.names[i] for i in reversed(ids))
 
 
+def species_path(path: tuple[str, ...]) -> tuple[str, ...]:
+    """Names from the root to the species: without qualifiers, and without the leaf of a species that has several."""
+    return tuple(dict.fromkeys(species_name(name) for name in path))
+
+
 def distance(path: tuple[str, ...], others: Iterable[tuple[str, ...]]) -> int:
     """Levels from the leaf of `path` up to the lowest group that it shares with any of `others`.
 

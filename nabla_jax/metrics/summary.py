@@ -38,6 +38,7 @@ FURTHER_METRICS = (
     "retrieval_rate",
     "mask_iou",
 )
+ALL_METRICS = (*METRICS, *FURTHER_METRICS)
 # The published table's three beside RMSE; the rest would not fit on a line.
 PRINTED = (*METRICS, "lpips", "dinov2", "siglip")
 LOWER_IS_BETTER = frozenset({"rmse", "lpips", "lpips_box"})
@@ -47,6 +48,10 @@ BREAKDOWN_METRICS = (
     "normalised_identity_plumage",
     "subject_effect",
     "identification_rate",
+    "lpips",
+    "dinov2",
+    "siglip",
+    "retrieval_rate",
 )
 # What a metric cannot exceed, and so neither can the ends of its interval.
 BOUNDS = {
@@ -117,6 +122,11 @@ class PairScore:
 
 _TYPES = typing.get_type_hints(PairScore)
 _FIELDS = [field.name for field in dataclasses.fields(PairScore)]
+
+
+def kind(model: str, references: Sequence[str]) -> str:
+    """'reference' for one of the reference points, 'bound' for pictures that know the answer, or 'model'."""
+    return "reference" if model in references else "bound" if model.endswith("ceiling") else "model"
 
 
 def to_csv(scores: Iterable[PairScore]) -> str:
@@ -195,7 +205,7 @@ _TERMS: dict[str, tuple[tuple[str, ...], Callable[..., tuple[np.ndarray, np.ndar
 def rows(model: str, benchmark: str, scores: Sequence[PairScore], seed: int = 0) -> list[dict[str, Any]]:
     """The summary rows of one model on one benchmark: those of METRICS and FURTHER_METRICS that its pairs have."""
     found = []
-    for metric in (*METRICS, *FURTHER_METRICS):
+    for metric in ALL_METRICS:
         values = estimate(scores, metric, seed)
         if values is not None:
             found.append({"model": model, "benchmark": benchmark, "metric": metric} | values)
@@ -219,7 +229,7 @@ def breakdown(model: str, benchmark: str, scores: Sequence[PairScore], seed: int
     rows_ = []
     for group, name, members in groups:
         for metric in BREAKDOWN_METRICS:
-            if group == "all" and metric in METRICS:
+            if group == "all" and metric in ALL_METRICS:
                 continue
             values_of = estimate(members, metric, seed)
             if values_of is not None:
@@ -257,7 +267,7 @@ def compare(
     others: Sequence[PairScore],
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Paired differences model minus baseline over the pairs both have, for all METRICS.
+    """Paired differences model minus baseline over the pairs both have, for every metric of a summary.
 
     Fields: those of a summary row, baseline, relative (difference of means / the baseline's mean; None for ratios,
     which have no zero) and p, of the two-sided sign-flip test by cluster. `correct` adds p_holm over a whole table.
@@ -267,7 +277,7 @@ def compare(
     found = []
     by_pair = {s.pair: s for s in others if not s.excluded}
     both = [s for s in scores if not s.excluded and s.pair in by_pair]
-    for metric in METRICS:
+    for metric in ALL_METRICS:
         used, _ = _TERMS[metric]
         paired = [s for s in both if all(getattr(t, name) is not None for t in (s, by_pair[s.pair]) for name in used)]
         if not paired:
@@ -307,7 +317,7 @@ def regressions(
 
     Args:
         scores: by (benchmark, model).
-        models: the points of the line. Reference points are better left out: two that lie far apart draw any line.
+        models: the points of the line. Bounds and reference points are better left out: two far apart draw any line.
         seed: of the bootstrap over clusters and models (`statistics.regress`).
 
     Returns:
@@ -317,7 +327,7 @@ def regressions(
     benchmarks = list(dict.fromkeys(benchmark for benchmark, _ in scores))
     found = []
     for x, y in itertools.combinations(benchmarks, 2):
-        for metric in METRICS:
+        for metric in ALL_METRICS:
             table = {m: [terms(scores.get((b, m), ()), metric) for b in (x, y)] for m in models}
             chosen = [m for m in models if all(len(top) for top, _, _ in table[m])]
             if not chosen:

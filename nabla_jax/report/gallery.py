@@ -15,9 +15,9 @@ from typing import Any
 from nabla_jax import runs
 from nabla_jax.data import read_dataset
 from nabla_jax.data.dataset import Example
+from nabla_jax.data.pairs import split_list
 from nabla_jax.errors import UserError
-from nabla_jax.metrics import summary
-from nabla_jax.metrics.summary import METRICS, PairScore
+from nabla_jax.metrics.summary import ALL_METRICS, PairScore
 from nabla_jax.report.reading import Results, values_of
 from nabla_jax.report.thumbnails import Thumbnail
 
@@ -26,7 +26,7 @@ _INTERNAL = frozenset(
     (
         *("class_id", "lineup", "retrieval_classes"),
         *("right_error", "shuffled_error", "sibling_error", "sibling_plumage_error"),
-        *METRICS,
+        *ALL_METRICS,
     )
 )
 
@@ -56,8 +56,9 @@ def columns(results: Results, benchmark: str, limit: int | None) -> tuple[dict[s
     kept = [score for score in complete.values() if not score.excluded]
     if limit is not None and len(kept) > limit:
         kept = [kept[len(kept) * i // limit] for i in range(limit)]
-    dataset = read_dataset(Path(about["root"]))
-    credits = credits_of(dataset.examples, Path(about["root"]))
+    root = split_list(about["root"])[0]
+    dataset = read_dataset(root)
+    credits = credits_of(dataset.examples, root)
     texts = {name: Index() for name in ("classes", "orders", "pictures", "credits")}
     wanted: dict[str, Thumbnail] = {}
 
@@ -105,7 +106,7 @@ def columns(results: Results, benchmark: str, limit: int | None) -> tuple[dict[s
             file = Path(files[score.pair]) if score.pair in files else None
             entry["generated"].append(picture("picture", file))
             entry["difference"].append(picture("difference", file, target.image, target.mask))
-        entry["values"] = values(scores, [m for m in results.metrics if m in METRICS])
+        entry["values"] = values(scores, [m for m in results.metrics if m in ALL_METRICS])
         sets.append(entry)
     lists = {name: list(index.numbers) for name, index in texts.items()}
     return {"benchmark": benchmark, **lists, "columns": found, "sets": sets}, list(wanted.values())
@@ -179,7 +180,7 @@ def groups(results: Results) -> dict[str, Any]:
                 if not score.excluded:
                     name = f"{score.species} ({score.qualifier})" if score.qualifier else score.species
                     by_class.setdefault(name, []).append(score)
-            for metric in (m for m in results.metrics if m in summary.METRICS):
+            for metric in (m for m in results.metrics if m in ALL_METRICS):
                 place = collected.setdefault((benchmark, "class", metric), {})
                 for name, members in by_class.items():
                     value = values_of(members, metric)

@@ -14,8 +14,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nabla_jax import runs
 from nabla_jax.errors import UserError
 from nabla_jax.metrics import summary
@@ -360,7 +358,7 @@ def regressions(results: Results) -> str:
             ]
             if len(points) < 2:
                 continue
-            line, models, words = _line(results, first, second, metric.name, points)
+            line, models, words = _line(results, first, second, metric.name)
             ends = [p["x"]["mean"] for p in points if p["name"] in models]
             known = published.REGRESSIONS.get(metric.name)
             if known is not None and {first, second} == {"nabla", "inat-seen"}:
@@ -380,36 +378,18 @@ def regressions(results: Results) -> str:
 
 
 def _line(
-    results: Results, first: str, second: str, metric: str, points: Rows
+    results: Results, first: str, second: str, metric: str
 ) -> tuple[tuple[float, float] | None, Sequence[str], str]:
-    """((slope, intercept), the models they are fitted to, what to say), as evaluated or, over several evaluations'
-    models, fitted here.
-    """
-    for row in results.regressions:
-        if (row["x"], row["y"], row["metric"]) == (first, second, metric):
-            if row["slope"] is None:
-                return None, row["models"], row["reason"]
-            r2 = row["r2"]
-            ends = "" if r2["low"] is None else f" [{r2['low']:.3f}, {r2['high']:.3f}]"
-            words = f"R² = {r2['mean']:.3f}{ends}, {len(row['models'])} models"
-            return (row["slope"]["mean"], row["intercept"]["mean"]), row["models"], words
-    chosen = [p for p in points if p["kind"] == "model"]
-    names = [p["name"] for p in chosen]
-    fit = least_squares([(p["x"]["mean"], p["y"]["mean"]) for p in chosen])
-    if fit is None:
-        return None, names, "no line: it takes three models that differ"
-    return fit[:2], names, f"R² = {fit[2]:.3f}, {len(names)} models"
-
-
-def least_squares(points: Sequence[tuple[float, float]]) -> tuple[float, float, float] | None:
-    """(slope, intercept, R²) over [n] (x, y); None with fewer than three points or without spread."""
-    values = np.array(points, dtype=np.float64).reshape(-1, 2)
-    spread = values - values.mean(axis=0) if len(values) else values
-    xx, yy, xy = (spread[:, 0] ** 2).sum(), (spread[:, 1] ** 2).sum(), (spread[:, 0] * spread[:, 1]).sum()
-    if len(values) < 3 or xx == 0 or yy == 0:
-        return None
-    slope = float(xy / xx)
-    return slope, float(values[:, 1].mean() - slope * values[:, 0].mean()), float(xy**2 / (xx * yy))
+    """((slope, intercept) or None, the models they are fitted to, what to say)."""
+    row = results.regression(first, second, metric)
+    if row is None:
+        return None, (), "no line: it takes models on both"
+    if row["slope"] is None:
+        return None, row["models"], row["reason"]
+    r2 = row["r2"]
+    ends = "" if r2["low"] is None else f" [{r2['low']:.3f}, {r2['high']:.3f}]"
+    words = f"R² = {r2['mean']:.3f}{ends}, {len(row['models'])} models"
+    return (row["slope"]["mean"], row["intercept"]["mean"]), row["models"], words
 
 
 def loss_curve(run: Path) -> str:

@@ -34,8 +34,8 @@ class Results:
 
     `kinds`: model -> 'model', 'bound' (pictures that know the answer) or 'reference', in table order. `scores`:
     (benchmark, model) -> one PairScore per pair, in the list's order. `differences` are paired: of models from the
-    baseline of their evaluation, and of later runs from the first. `regressions` are those of a single evaluation:
-    its models are the points of its lines.
+    baseline of their evaluation, and of later runs from the first. `regressions` have the models of all evaluations as
+    points of their lines.
     """
 
     folders: dict[str, Path]
@@ -62,6 +62,10 @@ class Results:
     def find(self, model: str, benchmark: str, metric: str) -> dict[str, Any] | None:
         """The summary row, or None."""
         return self._cells.get((model, benchmark, metric))
+
+    def regression(self, x: str, y: str, metric: str) -> dict[str, Any] | None:
+        """The line of benchmark y over benchmark x, or None."""
+        return next((r for r in self.regressions if (r["x"], r["y"], r["metric"]) == (x, y, metric)), None)
 
     @functools.cached_property
     def _cells(self) -> dict[tuple[str, str, str], dict[str, Any]]:
@@ -108,6 +112,12 @@ def read(folders: Mapping[str, Path]) -> Results:
         mine = [r for r in rows if first[names[label, r["model"]]] == label]
         return [r | {"model": names[label, r["model"]]} for r in mine]
 
+    scored = {
+        (benchmark, names[label, model]): values
+        for label, evaluation in reversed(found.items())
+        for (benchmark, model), values in evaluation.scores.items()
+    }
+    scores = {(b, m): scored[b, m] for b in benchmarks for m in kinds if (b, m) in scored}
     differences: Rows = []
     for label, evaluation in found.items():
         for row in renamed(evaluation.comparisons, label):
@@ -120,12 +130,8 @@ def read(folders: Mapping[str, Path]) -> Results:
         rows=[r for label, e in found.items() for r in renamed(e.rows, label)],
         breakdown=[r for label, e in found.items() for r in renamed(e.breakdown, label)],
         differences=differences + _between_runs(found, names),
-        regressions=next(iter(found.values())).regressions if len(found) == 1 else [],
-        scores={
-            (benchmark, names[label, model]): scores
-            for label, e in reversed(found.items())
-            for (benchmark, model), scores in e.scores.items()
-        },
+        regressions=_regressions(found, scores, [m for m, kind in kinds.items() if kind == "model"]),
+        scores=scores,
         sets=sorted(
             (
                 PictureSet(names[label, s["model"]], s["benchmark"], s, e.folder)
@@ -158,9 +164,8 @@ def _read_one(folder: Path) -> _Evaluation:
 
 
 def _kinds(about: Mapping[str, Any]) -> dict[str, str]:
-    sets = dict.fromkeys(s["model"] for s in about["sets"])
-    kinds = {name: "bound" if name.endswith("ceiling") else "model" for name in sets}
-    return kinds | dict.fromkeys(about["references"], "reference")
+    names = dict.fromkeys([*(s["model"] for s in about["sets"]), *about["references"]])
+    return {name: summary.kind(name, about["references"]) for name in names}
 
 
 def _check_comparable(found: Mapping[str, _Evaluation]) -> None:
@@ -208,6 +213,14 @@ def _between_runs(found: Mapping[str, _Evaluation], names: Mapping[tuple[str, st
             compared = summary.compare(names[label, model], names[base, model], benchmark, scores, theirs)
             rows += compared
     return rows
+
+
+def _regressions(
+    found: Mapping[str, _Evaluation], scores: Mapping[tuple[str, str], list[PairScore]], models: Sequence[str]
+) -> Rows:
+    """As evaluated, or anew over the models of several evaluations, with the first one's seed."""
+    (first, *others) = found.values()
+    return summary.regressions(scores, models, first.about["seed"]) if others else first.regressions
 
 
 def values_of(scores: Sequence[PairScore], metric: str) -> float | None:
