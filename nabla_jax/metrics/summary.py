@@ -179,8 +179,13 @@ def terms(scores: Sequence[PairScore], metric: str) -> tuple[np.ndarray, np.ndar
     chosen = [s for s in scores if not s.excluded and all(getattr(s, name) is not None for name in used)]
     columns = [np.array([float(getattr(s, name)) for s in chosen]) for name in used]
     top, bottom = make(*columns)
+    return top, bottom, np.array([cluster_of(s) for s in chosen], dtype=np.str_)
+
+
+def cluster_of(score: PairScore) -> str:
+    """The name of the pair's individual, or of its class where it has none."""
     # Digits in front, so that names sort as the numbers do.
-    return top, bottom, np.array([s.cluster or f"class {s.class_id:09}" for s in chosen], dtype=np.str_)
+    return score.cluster or f"class {score.class_id:09}"
 
 
 def _mean(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -274,7 +279,8 @@ def compare(
 
     Raises UserError if a ratio's denominators differ between the two: they belong to the pair, not to the model.
     """
-    found = []
+    found: list[dict[str, Any]] = []
+    alike: dict[tuple[str, ...], list[tuple[int, np.ndarray]]] = {}  # pairs -> rows over them, and their differences
     by_pair = {s.pair: s for s in others if not s.excluded}
     both = [s for s in scores if not s.excluded and s.pair in by_pair]
     for metric in ALL_METRICS:
@@ -298,9 +304,14 @@ def compare(
             "benchmark": benchmark,
             "metric": metric,
             "relative": round(float(mine.mean() - base) / base, 6) if base and is_mean else None,
-            "p": round(statistics.sign_flip_test(mine - theirs, clusters, seed=seed).p, 6),
         }
+        alike.setdefault(tuple(s.pair for s in paired), []).append((len(found), mine - theirs))
         found.append(head | _values(interval))
+    clusters_of = {s.pair: cluster_of(s) for s in both}
+    for pairs, members in alike.items():
+        tests = statistics.sign_flip_tests([d for _, d in members], [clusters_of[pair] for pair in pairs], seed=seed)
+        for (row, _), test in zip(members, tests, strict=True):
+            found[row]["p"] = round(test.p, 6)
     return found
 
 

@@ -460,15 +460,17 @@
     if ($("extremes-controls")) startExtremes();
     if ($("groups-controls")) startGroups();
     const links = [...document.querySelectorAll("nav a")];
+    const sections = [...document.querySelectorAll("main > section")];
+    const showing = new Set();
     const seen = new IntersectionObserver((entries) => {
-      for (const entry of entries) {
-        const link = links.find((a) => a.hash === `#${entry.target.id}`);
-        if (entry.isIntersecting) {
-          for (const other of links) other.removeAttribute("aria-current");
-          link?.setAttribute("aria-current", "true");
-        }
+      for (const entry of entries) showing[entry.isIntersecting ? "add" : "delete"](entry.target);
+      const current = sections.find((section) => showing.has(section));
+      if (!current) return;
+      for (const link of links) {
+        if (link.hash === `#${current.id}`) link.setAttribute("aria-current", "true");
+        else link.removeAttribute("aria-current");
       }
     }, { rootMargin: "-20% 0px -70% 0px" });
-    for (const section of document.querySelectorAll("main > section")) seen.observe(section);
+    for (const section of sections) seen.observe(section);
   });
 })();
