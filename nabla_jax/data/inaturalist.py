@@ -2,7 +2,7 @@
 
     final_pairs.csv (or pairs.csv)   observation_id, common_name, relative_path, image_1, image_2, and
     optionally                       scientific_name, query_species, observed_on, photo_count, user_login,
-                                     inat_url, licence
+                                     inat_url, licence, taxonomy (names above the species: Birds > Larks)
     RELATIVE_PATH/IMAGE              for example images/Cactus_Wren/123456/987654.jpg
     mask/..., depth/...              the same path with images replaced by mask or depth, as .png
     captions_short.json              by "<observation id>_<file stem>"
@@ -25,7 +25,7 @@ from nabla_jax.data.dataset import Dataset, Example
 from nabla_jax.data.nabirds import read_captions
 from nabla_jax.data.problems import Problems
 from nabla_jax.data.tables import header_of, read_csv
-from nabla_jax.data.taxonomy import normalise_name
+from nabla_jax.data.taxonomy import normalise_name, parse_path
 from nabla_jax.errors import UserError
 
 LISTS = ("final_pairs.csv", "pairs.csv")
@@ -55,6 +55,11 @@ class Row:
     def species(self) -> str:
         """``query_species`` where the list has it, or else ``common_name``."""
         return normalise_name(self.values.get("query_species") or self.values["common_name"])
+
+    @property
+    def taxonomy(self) -> tuple[str, ...]:
+        """Names from the root to the species; just two where the list has no column ``taxonomy``."""
+        return parse_path(self.values.get("taxonomy") or "Birds", self.species)
 
     @property
     def observed(self) -> datetime.datetime | None:
@@ -175,8 +180,13 @@ def scan(root: Path, problems: Problems) -> Dataset:
         captions = {}
     fetched = _fetched(root / "manifest.jsonl", problems)
     examples: dict[str, Example] = {}
+    taxonomies: dict[str, tuple[str, ...]] = {}
     for row in table:
         name = row.species
+        if taxonomies.setdefault(name, row.taxonomy) != row.taxonomy:
+            found = f"species {name} is {' > '.join(row.taxonomy)} here and {' > '.join(taxonomies[name])} above"
+            problems.error(path, row.line, found, "give a species one taxonomy")
+            continue
         for column in ("image_1", "image_2"):
             image = root / row.values["relative_path"] / row.values[column]
             if not image.is_file():
@@ -199,7 +209,7 @@ def scan(root: Path, problems: Problems) -> Dataset:
                 image=image,
                 class_id=ids[name],
                 class_name=name,
-                taxonomy=("Birds", name),
+                taxonomy=row.taxonomy,
                 mask=_control(root, image, "mask"),
                 depth=_control(root, image, "depth"),
                 caption=captions.get(id),

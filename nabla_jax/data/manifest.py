@@ -21,7 +21,7 @@ import numpy as np
 from nabla_jax.data.dataset import Dataset, Example, existing_control
 from nabla_jax.data.problems import Problems
 from nabla_jax.data.tables import read_csv
-from nabla_jax.data.taxonomy import normalise_name
+from nabla_jax.data.taxonomy import normalise_name, parse_path
 
 LIST = "manifest.csv"
 REQUIRED = ("image", "class")
@@ -71,8 +71,7 @@ def scan(root: Path, problems: Problems) -> Dataset:
         if split not in ("train", "test"):
             problems.error(path, line, f"split: found {split!r}, expected train or test", "write train or test")
         name = normalise_name(values["class"])
-        above = tuple(normalise_name(part) for part in values.get("taxonomy", "").split(">") if part.strip())
-        taxonomy = (*above, name) if above[-1:] != (name,) else above
+        taxonomy = parse_path(values.get("taxonomy", ""), name)
         if taxonomies.setdefault(name, taxonomy) != taxonomy:
             found = f"class {name} is {' > '.join(taxonomy)} here and {' > '.join(taxonomies[name])} above"
             problems.error(path, line, found, "give a class one taxonomy")

@@ -32,6 +32,12 @@ def qualifier(name: str) -> str | None:
     return found.group(1) if found else None
 
 
+def parse_path(above: str, name: str) -> tuple[str, ...]:
+    """Names from the root to the class: 'Birds > Larks' and 'Skylark' -> those three; the class may end the text too."""
+    names = tuple(normalise_name(part) for part in above.split(">") if part.strip())
+    return names if names[-1:] == (name,) else (*names, name)
+
+
 @dataclasses.dataclass(frozen=True)
 class Plumage:
     """What a qualifier says of a bird, in lower case; None where it says nothing."""

@@ -174,6 +174,22 @@ def test_photos_are_keyed_by_observation_and_stem(inat: Path) -> None:
     assert dataset.by_id["222_photo_2"].caption == "A bird on flax."
 
 
+def test_a_list_may_name_the_groups_above_its_species(inat: Path) -> None:
+    path = inat / "final_pairs.csv"
+    header, *lines = path.read_text(encoding="utf-8").splitlines()
+    assert {e.taxonomy for e in read_dataset(inat).examples} == {
+        ("Birds", e.species) for e in read_dataset(inat).examples
+    }
+    above = ["Birds > Order A > Family B"] * len(lines)
+    path.write_text("\n".join([f"{header},taxonomy", *map(",".join, zip(lines, above, strict=True))]), encoding="utf-8")
+    for example in read_dataset(inat).examples:
+        assert example.taxonomy == ("Birds", "Order A", "Family B", example.species)
+    above[-1] = "Birds > Order C"
+    path.write_text("\n".join([f"{header},taxonomy", *map(",".join, zip(lines, above, strict=True))]), encoding="utf-8")
+    with pytest.raises(UserError, match=f"final_pairs.csv:{len(lines) + 1}: species .* is Birds > Order C > .* above"):
+        read_dataset(inat)
+
+
 def test_the_fetchers_manifest_says_whose_a_photo_is(inat: Path) -> None:
     image = "images/Cactus_Wren/111/9001.jpg"
     row = {"image": image, "status": "fetched", "license_code": "cc-by", "attribution": "(c) Ann, some rights reserved"}
