@@ -33,7 +33,7 @@ def qualifier(name: str) -> str | None:
 
 
 def parse_path(above: str, name: str) -> tuple[str, ...]:
-    """Names from the root to the class: 'Birds > Larks' and 'Skylark' -> those three; the class may end the text too."""
+    """Names from the root to the class: 'Birds > Larks', 'Skylark' -> those three; the class may end the text too."""
     names = tuple(normalise_name(part) for part in above.split(">") if part.strip())
     return names if names[-1:] == (name,) else (*names, name)
 
