@@ -49,6 +49,8 @@ def omini() -> ConfigDict:
                 "nabla": "data/nabirds",
                 "inat-seen": "data/inat/na",
                 "inat-unseen": "data/inat/unseen",
+                "inat-unseen-strict": "data/inat/unseen/strict_unseen.csv",
+                "clips": "data/clips",
             },
             "conditioning": {
                 "size": 1024,
@@ -121,7 +123,7 @@ def toy(config: ConfigDict) -> ConfigDict:
     config.data.prepared = "prepared/toybirds-kontext-48"
     config.data.obtain = "python -m nabla_jax.toybirds --out data/toybirds"
     config.benchmarks = ConfigDict(
-        {"toy-nabla": "data/toybirds/nabirds", "toy-inat-unseen": "data/toybirds/inat/unseen"}
+        {f"toy-{name}": root.replace("data/", "data/toybirds/") for name, root in config.benchmarks.items()}
     )
     config.conditioning.size = 48
     # Pixels of the picture: 15 and 10 are made for pictures of a thousand.

@@ -578,16 +578,19 @@ def _data_problem(config: Config) -> list[str]:
 
 
 def _benchmark_problems(config: Config, names: Sequence[str] | None) -> list[str]:
-    problems = []
-    for name in config.benchmarks if names is None else names:
+    wanted = list(config.benchmarks if names is None else names)
+    for name in wanted:
         if name not in config.benchmarks:
             known = ", ".join(config.benchmarks) or "none"
             raise UserError(f"{config.source}: unknown benchmark {name}, configured are {known}")
-        root = Path(config.benchmarks[name])
-        if not root.exists():
-            obtain = f": {config.data.obtain}" if config.data.obtain else ""
-            problems.append(f"the benchmark {name} (found nothing at {root}, expected a dataset folder){obtain}")
-    return problems
+    missing = {name: root for name in wanted if not Path(root := config.benchmarks[name]).exists()}
+    if not missing:
+        return []
+    listed = ", ".join(f"{name} (found nothing at {root})" for name, root in missing.items())
+    obtain = f": {config.data.obtain}" if config.data.root in missing.values() and config.data.obtain else ""
+    there = " ".join(f"--benchmark {name}" for name in wanted if name not in missing)
+    without = f"; {there} leaves {'it' if len(missing) == 1 else 'them'} out" if there else ""
+    return [f"the benchmark{'s' * (len(missing) > 1)} {listed}, see docs/data.md{without}{obtain}"]
 
 
 def _metrics_problems(config: Config) -> list[str]:

@@ -317,10 +317,12 @@ def _read_manifest(folder: Path, benchmark: Benchmark) -> dict[str, dict[str, An
                 f"{path}: pair {pair.key}: subject_used is {used}, expected "
                 f"{'' if folder.name == 'right' else 'another picture than '}{pair.subject_id}"
             )
-        if (folder / row["file"]).is_file():
-            mask = folder / "masks" / f"{pair.key}.png"
+        # A part of a list may name the pictures of the whole: then masks lie beside those.
+        picture = Path(os.path.normpath(folder / row["file"]))
+        if picture.is_file():
+            mask = picture.parent / "masks" / f"{picture.stem}.png"
             own = {"mask": str(mask)} if mask.is_file() else {}
-            found[pair.key] = row | {"file": str(folder / row["file"])} | own
+            found[pair.key] = row | {"file": str(picture)} | own
     return found
 
 
@@ -688,7 +690,8 @@ def _read(benchmark: Benchmark, id: str) -> tuple[Array, Array]:
 
 def order_of(example: Example) -> str:
     """The taxonomic group right below the root; '' where the data set has species only."""
-    return example.taxonomy[1] if len(example.taxonomy) > 2 else ""
+    path = example.taxonomy
+    return path[1] if len(path) > 2 and species_name(path[1]) != example.species else ""
 
 
 def family_of(example: Example) -> str:
@@ -816,7 +819,8 @@ def _about_benchmark(
     path = benchmark.dataset.root / oracle.FILE
     return {
         "name": name,
-        "root": str(benchmark.root),
+        "root": str(benchmark.dataset.root),
+        "list": benchmark.root.name if benchmark.root != benchmark.dataset.root else None,
         "fingerprint": benchmark.fingerprint,
         "pairs": len(benchmark.pairs),
         "classes": len({p.class_id for p in benchmark.pairs}),

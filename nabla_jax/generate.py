@@ -7,10 +7,12 @@
 A benchmark's pictures go to ``OUT/BENCHMARK/right`` and, with a subject of another species,
 ``OUT/BENCHMARK/shuffled``: ``PAIR.png`` at the target's size and one row of ``manifest.jsonl`` each. The
 same command makes what is missing. A picture depends on (seed, pair) and not on the batch it is made in.
+A benchmark that is a list in the folder of another one shares its pictures where they are there: its rows name them.
 """
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,6 +166,7 @@ class Work:
     dataset: "Dataset"
     pairs: tuple["Pair", ...]
     subjects: dict[str, str]  # pair key -> id of the subject picture to use
+    whole: Path | None = None  # folder of the benchmark whose list this one's is a part of
 
     def path(self, pair: "Pair") -> Path:
         """Where a pair's picture goes."""
@@ -201,8 +204,11 @@ def read_works(
     from nabla_jax.data.pairs import benchmark_pairs, shuffled_subjects, split_list, spread
     from nabla_jax.data.pictures import distinct_captions
 
-    for name in names:
-        root = split_list(config.benchmarks[name])[0]
+    wholes = {Path(root): name for name, root in config.benchmarks.items()}
+    # Parts come last: the pictures that they share are there by then.
+    for name in sorted(names, key=lambda name: Path(config.benchmarks[name]).is_file()):
+        root, path = split_list(config.benchmarks[name])
+        whole = None if path is None else wholes.get(root)
         dataset = read_dataset(root)
         pairs = tuple(spread(benchmark_pairs(config.benchmarks[name], dataset), limit))
         for kind in kinds:
@@ -213,7 +219,8 @@ def read_works(
             controls.require(targets, config.conditioning.control)
             if config.conditioning.caption == "background":
                 distinct_captions(targets)
-            yield Work(name, kind, out / name / kind, dataset, pairs, subjects)
+            shared = None if whole is None else out / whole / kind
+            yield Work(name, kind, out / name / kind, dataset, pairs, subjects, shared)
 
 
 def _settings(config: configs.Config, reposer: "api.Reposer", arguments: argparse.Namespace) -> dict[str, Any]:
@@ -247,6 +254,7 @@ def make(work: Work, settings: dict[str, Any], batch: int, maker: Callable[[Sequ
     manifest = runs.JsonLines(work.folder / "manifest.jsonl")
     _check_settings(work, settings, manifest.rows)
     manifest.keep(lambda row: (work.folder / row["file"]).is_file())
+    manifest.extend(_shared_rows(work, settings, {row["pair"] for row in manifest.rows}))
     done = {row["pair"] for row in manifest.rows}
     batches = [work.pairs[i : i + batch] for i in range(0, len(work.pairs), batch)]
     with runs.progress(len(work.pairs), f"{work.name}/{work.kind}", unit="picture") as bar:
@@ -275,13 +283,35 @@ def _row(work: Work, pair: "Pair", image: Array, placement: dict[str, Any], sett
     }
 
 
-def _check_settings(work: Work, settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+def _shared_rows(work: Work, settings: dict[str, Any], done: set[str]) -> list[dict[str, Any]]:
+    """The rows of the pairs that are not ``done`` and whose pictures the whole list's benchmark has.
+
+    Pairs are matched by subject and target, since a part counts its own rows; a shuffled subject is then the whole's.
+    """
+    if work.whole is None:
+        return []
+    there = {
+        (row["subject_id"], row["target_id"]): row
+        for row in runs.read_rows(work.whole / "manifest.jsonl")
+        if not _differing(row, settings) and (work.whole / row["file"]).is_file()
+    }
+    chosen = {pair.key: there.get((pair.subject_id, pair.target_id)) for pair in work.pairs if pair.key not in done}
+    return [
+        {**row, "pair": key, "file": Path(os.path.relpath(work.whole / row["file"], work.folder)).as_posix()}
+        for key, row in chosen.items()
+        if row is not None
+    ]
+
+
+def _differing(row: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     # The adapter's path may change (a moved run); its content may not.
     fixed = [key for key in settings if key != "adapter" or settings["adapter_sha256"] is None]
+    return [f"{key}: {row.get(key)!r} there, {settings[key]!r} here" for key in fixed if row.get(key) != settings[key]]
+
+
+def _check_settings(work: Work, settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
-        differing = [
-            f"{key}: {row.get(key)!r} there, {settings[key]!r} here" for key in fixed if row.get(key) != settings[key]
-        ]
+        differing = _differing(row, settings)
         if differing:
             raise UserError(
                 f"{work.folder}: its pictures were made with other settings ({'; '.join(differing)}); choose "

@@ -95,7 +95,8 @@ def main(argv: Sequence[str]) -> None:
         parser.add_argument(
             "--validate",
             action="store_true",
-            help="list what is wrong with data folders, or with pair lists after --pairs (see --validate --help)",
+            help="list what is wrong with data folders, or with pair lists after --pairs; --strict_unseen writes the "
+            "strictly unseen rows of one (see --validate --help)",
         )
         parser.add_argument("--dry_run", action="store_true", help="print counts, bytes and time; write nothing")
         parser.add_argument("--check", action="store_true", help="compare a prepared folder with its manifest")

@@ -34,7 +34,9 @@ def test_paper_run_is_the_published_one() -> None:
     assert (train.steps, train.batch, train.seed, train.guidance) == (10_000, 5, 42, 1.0)
     assert (train.dtype, config.sample.steps) == ("bfloat16", 28)
     assert 2.5 <= config.sample.guidance <= 3.5
-    assert set(config.benchmarks) == {"nabla", "inat-seen", "inat-unseen"}
+    assert set(config.benchmarks) == {"nabla", "inat-seen", "inat-unseen", "inat-unseen-strict", "clips"}
+    toy = configs.load(f"{PAPER}:toy").benchmarks
+    assert toy == {f"toy-{name}": root.replace("data/", "data/toybirds/") for name, root in config.benchmarks.items()}
 
 
 @pytest.mark.parametrize("size", ["", ":toy"])
@@ -188,6 +190,22 @@ def test_missing_inputs_are_told_together_and_quickly(tmp_path: Path) -> None:
     assert len(messages) == 1
     for word in ("FLUX.1-Kontext-dev", "checkpoints/", "data/nabirds", "images.txt", "make demo", ":toy"):
         assert word in messages[0]
+
+
+def test_benchmarks_that_are_not_there_are_named_and_can_be_left_out(tmp_path: Path) -> None:
+    config = fixtures.config(tmp_path, data__obtain="get it there")
+    for name in ("seen", "clips"):
+        config.benchmarks[name] = str(tmp_path / name)
+    with pytest.raises(UserError, match=r"benchmarks nabla \(.*\), seen \(.*\), clips \(.*docs/data.md: get it there"):
+        configs.check_inputs(config, "evaluate")
+    (tmp_path / "world" / "nabirds").mkdir(parents=True)
+    (tmp_path / "clips").mkdir()
+    with pytest.raises(UserError, match="--benchmark nabla --benchmark clips leaves it out") as caught:
+        configs.check_inputs(config, "evaluate")
+    assert "get it there" not in str(caught.value) and "\n" not in str(caught.value)
+    configs.check_inputs(config, "evaluate", ["nabla", "clips"])
+    with pytest.raises(UserError, match=r"the benchmark seen \(found nothing at [^;]*$"):
+        configs.check_inputs(config, "evaluate", ["seen"])
 
 
 def test_prepared_folder_is_asked_for_with_its_command(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from nabla_jax import config as configs
 from nabla_jax import runs
+from nabla_jax.data.pairs import split_list
 from nabla_jax.errors import UserError
 from nabla_jax.extract import work
 
@@ -38,12 +39,21 @@ def main(argv: Sequence[str]) -> None:
     if unknown:
         raise UserError(f"--what: found {unknown[0]!r}, expected one of {', '.join(work.TASKS)}")
     shard = work.Shard.parse(options.shard) if options.shard else shard_of(os.environ)
-    roots = options.root or list(dict.fromkeys([config.data.root, *config.benchmarks.values()]))
+    roots = options.root or _roots(config)
     folders = [work.Folder.open(Path(root)) for root in roots]
     for folder in folders:
         for what in work.TASKS:
             if what in chosen:
                 work.extract(folder, what, config.extract, shard, overwrite=options.overwrite, clips=options.clips)
+
+
+def _roots(config: configs.Config) -> list[str]:
+    """``data.root`` and the folders of those benchmarks that are there."""
+    folders = {str(split_list(root)[0]): Path(root) for root in config.benchmarks.values()}
+    for folder, root in folders.items():
+        if not root.exists():
+            print(f"{folder}: not there, left out", flush=True)
+    return list(dict.fromkeys([config.data.root, *(folder for folder, root in folders.items() if root.exists())]))
 
 
 def shard_of(environment: Mapping[str, str]) -> work.Shard:

@@ -25,6 +25,7 @@ import numpy as np
 from nabla_jax import draws, runs
 from nabla_jax.config import Config, Extract
 from nabla_jax.data import Dataset, Example, inaturalist, read_dataset
+from nabla_jax.data.dataset import control_file
 from nabla_jax.data.nabirds import read_captions
 from nabla_jax.errors import UserError
 from nabla_jax.extract import captions, checkpoints, depths, segmentation
@@ -89,14 +90,16 @@ class Folder:
         return self.dataset.root
 
     def file(self, what: What, example: Example) -> Path:
-        """Where the mask or depth map of an example goes: beside ``images``, as PNG."""
+        """Where the mask or depth map of an example goes, as PNG: where the reader of its layout looks for it."""
+        name = self.masks if what == "masks" else "depth"
         try:
             relative = example.image.relative_to(self.root)
         except ValueError:
             raise UserError(f"{example.image}: lies outside {self.root}, expected below it") from None
-        # Only the first folder is exchanged: a class or user may be called images, too.
-        below = relative.parts[1:] if len(relative.parts) > 1 else relative.parts
-        return (self.root / (self.masks if what == "masks" else "depth")).joinpath(*below).with_suffix(".png")
+        if inaturalist.is_layout(self.root):
+            # The first folder is exchanged, whatever it is called.
+            return self.root.joinpath(name, *relative.parts[1:]).with_suffix(".png")
+        return control_file(self.root, example.image, name)
 
     def missing(self, what: What) -> list[Example]:
         """The examples without the file or caption, in the order of their ids."""

@@ -21,11 +21,12 @@ _SIBLING_INDIVIDUAL = 0  # pictures of the world show individuals from 1 on
 
 
 class Oracle:
-    """Answers for one data-set folder (`nabirds`, `inat/na` or `inat/unseen`) with an oracle.json.
+    """Answers for one data-set folder (`nabirds`, `inat/na`, `inat/unseen` or `clips`) with an oracle.json.
 
     Every answer is a picture uint8 RGB [H, W, 3] before JPEG, in the target's scene and with the target's
     proportions: a fill, depth or keypoint control fixes the silhouette, so candidates differ in plumage alone
-    and share the target's mask exactly. Image ids: nabirds the dashed uuid, inat '<observation>_<stem>'.
+    and share the target's mask exactly. Image ids: nabirds the dashed uuid, inat '<observation>_<stem>',
+    clips the path without suffix.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -39,7 +40,10 @@ class Oracle:
             raise UserError(f"{path}: not valid JSON ({error})") from error
         for name, expected in (("world", plan.WORLD), ("version", plan.VERSION)):
             if found.get(name) != expected:
-                raise UserError(f"{path}: field {name}: found {found.get(name)!r}, expected {expected!r}")
+                raise UserError(
+                    f"{path}: field {name}: found {found.get(name)!r}, expected {expected!r}; delete the world's "
+                    "folder and write it again with python -m nabla_jax.toybirds"
+                )
         fields = [field.name for field in dataclasses.fields(Settings)]
         missing = [name for name in (*fields, "dataset", "images") if name not in found]
         if missing:

@@ -134,3 +134,30 @@ def _shifted(colour: Colour, level: float) -> Colour:
 def mirrored(scene: Scene) -> Scene:
     """The same pose facing the other way; background and light stay."""
     return dataclasses.replace(scene, yaw=math.pi - scene.yaw, head_yaw=-scene.head_yaw)
+
+
+def between(first: Scene, last: Scene, t: float) -> Scene:
+    """`first` at t = 0, and on the way to the pose, place and distance of `last` at t = 1.
+
+    Light, camera and background stay. A bird that ends facing the other way turns round at once, halfway: it
+    never points at the camera in between.
+    """
+    turns = first.facing != last.facing
+    end = mirrored(last) if turns else last
+
+    def on_the_way(a: float, b: float) -> float:
+        return a + (b - a) * t
+
+    way = (end.yaw - first.yaw + math.pi) % (2 * math.pi) - math.pi  # the shorter one
+    scene = dataclasses.replace(
+        first,
+        yaw=first.yaw + way * t,
+        shift=(on_the_way(first.shift[0], end.shift[0]), on_the_way(first.shift[1], end.shift[1])),
+        pitch=on_the_way(first.pitch, end.pitch),
+        head_yaw=on_the_way(first.head_yaw, end.head_yaw),
+        head_pitch=on_the_way(first.head_pitch, end.head_pitch),
+        tail=on_the_way(first.tail, end.tail),
+        wing=on_the_way(first.wing, end.wing),
+        fill=on_the_way(first.fill, end.fill),
+    )
+    return mirrored(scene) if turns and t > 0.5 else scene

@@ -10,14 +10,17 @@ import numpy as np
 from nabla_jax.errors import UserError
 from nabla_jax.toybirds.identity import COLOURS, MARKS, SPECIES_PER_FAMILY, Identity, draw_identity
 from nabla_jax.toybirds.rng import chance, generator, order, pick, uniform
-from nabla_jax.toybirds.scene import Scene, draw_canvas, draw_scene
+from nabla_jax.toybirds.scene import Scene, between, draw_canvas, draw_scene
 
 WORLD = "toybirds"
-VERSION = 2  # raise it whenever the same settings would give other bytes
+VERSION = 3  # raise it whenever the same settings would give other bytes
 FAMILIES_PER_ORDER = 3
-SEEN_SPECIES = 4  # per family; the rest, up to SPECIES_PER_FAMILY, appear in inat/unseen alone
+SEEN_SPECIES = 4  # per family; the rest, up to SPECIES_PER_FAMILY, are in inat/unseen alone
 SEEN_OBSERVATIONS, UNSEEN_OBSERVATIONS = 2, 3  # true same-individual pairs per species
 PAIRS_PER_CLASS = 2  # the nearest look-alikes; enough for intervals clustered by class, quick to re-pose
+CLIPS = "clips"
+CLIP_SPECIES, CLIP_INDIVIDUALS = 12, 2  # one species of each of the first families, one clip per individual
+CLIP_FRAMES, CLIP_STEP, CLIP_RATE = 6, 60, 30  # frames, numbers from one to the next, numbers per second
 MAX_ORDERS = 60
 IdentityPath = tuple[int, int, int, int, int, int]
 
@@ -140,6 +143,19 @@ class Observation:
     row: dict[str, str]
     pictures: tuple[Picture, Picture]
 
+    @property
+    def seen(self) -> bool:
+        """Whether the bird is of a species of nabirds/, whatever the row calls it."""
+        return self.pictures[0].identity[3] < SEEN_SPECIES
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """Some frames of one recording of one true individual, and its row of clips.csv."""
+
+    row: dict[str, str]
+    pictures: tuple[Picture, ...]
+
 
 def plumages(order_index: int, family: int, species: int) -> tuple[int, ...]:
     """The plumages (indices into PLUMAGES) in which a species occurs: one, two or three."""
@@ -176,15 +192,33 @@ def _genus(order_index: int) -> str:
     return f"{_PREFIXES[turn]}{_GENERA[genus]}".capitalize()
 
 
+def scientific_name(order_index: int, family: int, species: int) -> str:
+    """A made-up binomial, unique within a world; an order is one genus."""
+    return f"{_genus(order_index)} {_epithet(family, species)}"
+
+
+def _epithet(family: int, species: int) -> str:
+    return f"{'nota' if species < SEEN_SPECIES else 'ignota'}{'abc'[family]}{'uvwxyz'[species]}"
+
+
 def _counted(name: str, order_index: int) -> str:
     turn = order_index // len(_ORDERS)
     return f"{name} {turn + 1}" if turn else name
 
 
 def scene_of(settings: Settings, picture: Picture) -> Scene:
-    """The picture's scene, rebuilt from its key."""
-    rng = generator(settings.seed, "scene", *picture.scene_key)
-    scene = draw_scene(rng, settings.size, settings.pose_range, pose=settings.pose, canvas=picture.canvas)
+    """The picture's scene, rebuilt from its key; the frames of a clip lie between two scenes."""
+    dataset, index = picture.scene_key
+
+    def drawn(*key: int | str) -> Scene:
+        rng = generator(settings.seed, "scene", dataset, *key)
+        return draw_scene(rng, settings.size, settings.pose_range, pose=settings.pose, canvas=picture.canvas)
+
+    if dataset == CLIPS:
+        clip, frame = divmod(index, CLIP_FRAMES)
+        scene = between(drawn(clip, "first"), drawn(clip, "last"), frame / (CLIP_FRAMES - 1))
+    else:
+        scene = drawn(index)
     return scene if picture.fill is None else dataclasses.replace(scene, fill=picture.fill)
 
 
@@ -312,47 +346,107 @@ _USERS = ("wren_watcher", "éloise-b", "kakapo77", "björn.s", "field notes", "m
 
 
 def observations(settings: Settings, subset: str) -> list[Observation]:
-    """The observations of inat/na (`subset` 'na', seen species) or inat/unseen ('unseen')."""
+    """The observations of inat/na (`subset` 'na', seen species) or inat/unseen ('unseen').
+
+    As in the real list the last few of 'unseen' are not truly unseen: see `disguised`.
+    """
     seen = subset == "na"
+    repeats = SEEN_OBSERVATIONS if seen else UNSEEN_OBSERVATIONS
+    taxa = [
+        ((o, f, s), species_name(settings.seed, o, f, s), scientific_name(o, f, s))
+        for o, f, s in species_list(settings.orders, seen)
+        for _ in range(repeats)
+    ]
     out: list[Observation] = []
-    for o, f, s in species_list(settings.orders, seen):
+    for (o, f, s), name, scientific in taxa if seen else [*taxa, *disguised(settings)]:
+        index = len(out)
+        rng = generator(settings.seed, "observation", subset, index)
+        observation_id = str((100_000_000 if seen else 200_000_000) + 1000 * index + int(rng.random() * 1000))
+        plumage = pick(rng, plumages(o, f, s))
+        identity = (settings.seed, o, f, s, plumage, (1_000_000 if seen else 2_000_000) + index)
+        folder = f"{name.replace(' ', '_')}/{observation_id}"
+        by_position = index % 9 == 4  # such names count positions in the observation and are not unique
+        first = int(rng.random() * 3) + 1
+        stems = [
+            f"photo_{first + k}" if by_position else str(400_000_000 + 100 * int(rng.random() * 1e6) + k)
+            for k in range(2)
+        ]
+        pictures = [
+            Picture(
+                f"{observation_id}_{stem}", f"images/{folder}/{stem}.jpg", identity,
+                (f"inat/{subset}", 2 * index + k), draw_canvas(rng, settings.size),
+            )
+            for k, stem in enumerate(stems)
+        ]  # fmt: skip
+        date = _DATES[0] if index % 7 else _DATES[(index // 7) % 4]
+        hyphenated = name.replace("Old-field", "Old Field").replace("Far-country", "Far Country")
+        row = {
+            "observation_id": observation_id,
+            "common_name": name,
+            "scientific_name": scientific,
+            "relative_path": f"images/{folder}",
+            "observed_on": date.format(m=1 + index % 12, d=1 + index % 28, h=1 + index % 9, s=index % 10),
+            "photo_count": str(first + 1 + int(rng.random() * 4)),
+            "latitude": f"{uniform(rng, -60, 70):.6f}",
+            "longitude": f"{uniform(rng, -180, 180):.6f}",
+            "user_login": pick(rng, _USERS),
+            "inat_url": f"https://www.inaturalist.org/observations/{observation_id}",
+            **({"query_species": hyphenated} if seen else {}),
+            "image_1": f"{stems[0]}.jpg",
+            "image_2": f"{stems[1]}.jpg",
+        }
+        out.append(Observation(row, (pictures[0], pictures[1])))
+    return out
+
+
+def disguised(settings: Settings) -> list[tuple[tuple[int, int, int], str, str]]:
+    """(seen species, common name, scientific name) of the rows of inat/unseen that are of seen species.
+
+    One under its own name, one under its common name with another scientific one, a subspecies with a common
+    name of its own, and a cross of two seen species, which counts as the first.
+    """
+    species = species_list(settings.orders, seen=True)
+    drawn = order(generator(settings.seed, "disguised"), len(species))
+    same, renamed, below, crossed = (species[int(i)] for i in drawn[:4])
+
+    def name(of: tuple[int, int, int]) -> str:
+        return species_name(settings.seed, *of)
+
+    other = (*crossed[:2], (crossed[2] + 1) % SEEN_SPECIES)
+    return [
+        (same, name(same), scientific_name(*same)),
+        (renamed, name(renamed), f"Palaeo{scientific_name(*renamed).lower()}"),
+        (below, f"Pale {name(below)}", f"{scientific_name(*below)} pallida"),
+        (crossed, f"{name(crossed)} × {name(other)}", f"{scientific_name(*crossed)} × {_epithet(*other[1:])}"),
+    ]
+
+
+def clips(settings: Settings) -> list[Clip]:
+    """The clips of clips/: of one seen species in each of the first families, some individuals."""
+    families = [(o, f) for o in range(settings.orders) for f in range(FAMILIES_PER_ORDER)]
+    out: list[Clip] = []
+    for o, f in families[:CLIP_SPECIES]:
+        s = pick(generator(settings.seed, "clip species", o, f), range(SEEN_SPECIES))
         name = species_name(settings.seed, o, f, s)
-        for _ in range(SEEN_OBSERVATIONS if seen else UNSEEN_OBSERVATIONS):
+        for _ in range(CLIP_INDIVIDUALS):
             index = len(out)
-            rng = generator(settings.seed, "observation", subset, index)
-            observation_id = str((100_000_000 if seen else 200_000_000) + 1000 * index + int(rng.random() * 1000))
-            plumage = pick(rng, plumages(o, f, s))
-            identity = (settings.seed, o, f, s, plumage, (1_000_000 if seen else 2_000_000) + index)
-            folder = f"{name.replace(' ', '_')}/{observation_id}"
-            by_position = index % 9 == 4  # such names count positions in the observation and are not unique
-            first = int(rng.random() * 3) + 1
-            stems = [
-                f"photo_{first + k}" if by_position else str(400_000_000 + 100 * int(rng.random() * 1e6) + k)
-                for k in range(2)
-            ]
+            rng = generator(settings.seed, "clip", index)
+            identity = (settings.seed, o, f, s, pick(rng, plumages(o, f, s)), 3_000_000 + index)
+            canvas, start = draw_canvas(rng, settings.size), int(rng.random() * CLIP_RATE)
+            ring = f"ring {1000 + 7 * index}"
+            folder = f"images/{name.replace(' ', '_')}/{ring.replace(' ', '_')}"
+            ids = [f"{folder}/{start + CLIP_STEP * k:06d}" for k in range(CLIP_FRAMES)]
             pictures = [
-                Picture(
-                    f"{observation_id}_{stem}", f"images/{folder}/{stem}.jpg", identity,
-                    (f"inat/{subset}", 2 * index + k), draw_canvas(rng, settings.size),
-                )
-                for k, stem in enumerate(stems)
-            ]  # fmt: skip
-            date = _DATES[0] if index % 7 else _DATES[(index // 7) % 4]
-            hyphenated = name.replace("Old-field", "Old Field").replace("Far-country", "Far Country")
+                Picture(id, f"{id}.jpg", identity, (CLIPS, CLIP_FRAMES * index + k), canvas) for k, id in enumerate(ids)
+            ]
             row = {
-                "observation_id": observation_id,
-                "common_name": name,
-                "scientific_name": f"{_genus(o)} {'nota' if seen else 'ignota'}{'abc'[f]}{'uvwxyz'[s]}",
-                "relative_path": f"images/{folder}",
-                "observed_on": date.format(m=1 + index % 12, d=1 + index % 28, h=1 + index % 9, s=index % 10),
-                "photo_count": str(first + 1 + int(rng.random() * 4)),
-                "latitude": f"{uniform(rng, -60, 70):.6f}",
-                "longitude": f"{uniform(rng, -180, 180):.6f}",
-                "user_login": pick(rng, _USERS),
-                "inat_url": f"https://www.inaturalist.org/observations/{observation_id}",
-                **({"query_species": hyphenated} if seen else {}),
-                "image_1": f"{stems[0]}.jpg",
-                "image_2": f"{stems[1]}.jpg",
+                "clip": folder,
+                "species": name,
+                "individual": ring,
+                "frames_per_second": str(CLIP_RATE),
+                "split": "test",
+                "credit": pick(rng, _USERS),
+                "scientific_name": scientific_name(o, f, s),
             }
-            out.append(Observation(row, (pictures[0], pictures[1])))
+            out.append(Clip(row, tuple(pictures)))
     return out

@@ -1,7 +1,7 @@
-"""Write a world to disk in NABirds and iNaturalist layouts: the same settings give the same bytes.
+"""Write a world to disk in NABirds, iNaturalist and clip layouts: the same settings give the same bytes.
 
-<out>/world.json, <out>/nabirds, <out>/inat/na and <out>/inat/unseen. Everything is written to a folder beside
-<out> that takes its name at the very end, so a stopped run leaves no half world.
+<out>/world.json, <out>/nabirds, <out>/inat/na, <out>/inat/unseen and <out>/clips. Everything is written to a
+folder beside <out> that takes its name at the very end, so a stopped run leaves no half world.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nabla_jax.toybirds import world as plan
 from nabla_jax.toybirds.captions import background_caption, long_caption
 from nabla_jax.toybirds.identity import draw_identity
 from nabla_jax.toybirds.render import KEYPOINTS, Render, render
-from nabla_jax.toybirds.world import NabirdsImage, Node, Observation, Picture, Settings, scene_of
+from nabla_jax.toybirds.world import Clip, NabirdsImage, Node, Observation, Picture, Settings, scene_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,9 +184,17 @@ def _write_inat(root: Path, settings: Settings, subset: str, observed: list[Obse
     pictures = [p for o in observed for p in o.pictures]
     header = list(observed[0].row)
     _write_csv(root / "final_pairs.csv", header, (list(o.row.values()) for o in observed))
+    if subset == "unseen":
+        strict = (list(o.row.values()) for o in observed if not o.seen)
+        _write_csv(root / "strict_unseen.csv", header, strict)
     _write_json(root / "captions_short.json", {p.image_id: t.short for p, t in zip(pictures, taken, strict=True)})
     _write_json(root / "captions_long.json", {p.image_id: t.long for p, t in zip(pictures, taken, strict=True)})
     _write_json(root / "oracle.json", _oracle_json(settings, f"inat/{subset}", pictures))
+
+
+def _write_clips(root: Path, settings: Settings, recorded: list[Clip]) -> None:
+    _write_csv(root / "clips.csv", list(recorded[0].row), (list(clip.row.values()) for clip in recorded))
+    _write_json(root / "oracle.json", _oracle_json(settings, plan.CLIPS, (p for c in recorded for p in c.pictures)))
 
 
 # ---------------------------------------------------------------- the whole world
@@ -237,7 +245,7 @@ def write_world(
     """Write the world of `seed` to the folder `out` and return it; a finished world is left as it is.
 
     `size`: long side of the pictures in pixels; `images`: pictures in nabirds/; `orders`: 1 to 6 (4 gives 78
-    leaf classes and 24 unseen species; 1 is handy for tests). Bytes do not depend on `workers`. Raises
+    leaf classes, 24 unseen species and 24 clips; 1 is handy for tests). Bytes do not depend on `workers`. Raises
     UserError for bad settings, a folder with other contents, or a disk that cannot be written.
     """
     settings = Settings(seed, size, images, orders, pose, pose_range)
@@ -268,6 +276,8 @@ def _write_all(root: Path, settings: Settings, workers: int, progress: bool) -> 
     tasks = [_Task(settings, i.picture, str(root / "nabirds"), "masks") for i in images]
     for subset, rows in observed.items():
         tasks += [_Task(settings, p, str(root / "inat" / subset), "mask") for o in rows for p in o.pictures]
+    recorded = plan.clips(settings)
+    tasks += [_Task(settings, p, str(root / "clips"), "masks") for clip in recorded for p in clip.pictures]
     results = _run(tasks, workers)
     taken = list(tqdm(results, total=len(tasks), desc="toybirds", unit="picture", disable=not progress))
     _write_nabirds(root / "nabirds", settings, nodes, images, taken[: len(images)])
@@ -275,4 +285,5 @@ def _write_all(root: Path, settings: Settings, workers: int, progress: bool) -> 
     for subset, rows in observed.items():
         _write_inat(root / "inat" / subset, settings, subset, rows, taken[start : start + 2 * len(rows)])
         start += 2 * len(rows)
+    _write_clips(root / "clips", settings, recorded)
     _write_json(root / "world.json", settings.to_json())

@@ -99,6 +99,29 @@ def test_an_inaturalist_folder(tmp_path: Path) -> None:
     assert json.loads((root / "extraction" / "masks.json").read_text())["settings"]["text"] == "a bird."
 
 
+def test_frames_of_clips_keep_the_folder_of_their_species(tmp_path: Path) -> None:
+    root = tmp_path / "clips"
+    for species in ("Wren", "Robin"):
+        for frame in range(3):
+            image = root / species / "one" / f"{frame:03d}.png"
+            image.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((12, 16, 3), 9 * frame, np.uint8)).save(image)
+    (root / "clips.csv").write_text("clip,frames_per_second\nWren/one,1\nRobin/one,1\n")
+    assert extract(Folder.open(root), "masks", chosen(tmp_path)) == {"kept": 0, "made": 6, "failed": 0}
+    assert all(e.mask is not None and e.species in e.mask.parts for e in read_dataset(root).examples)
+
+
+def test_the_command_takes_the_folders_of_lists_and_leaves_out_what_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_inat(tmp_path / "unseen")
+    (root / "part.csv").write_text((root / "final_pairs.csv").read_text(encoding="utf-8"), encoding="utf-8")
+    config = config_for(tmp_path / "birds", tmp_path)
+    config.benchmarks.update(whole=str(root), part=str(root / "part.csv"), clips=str(tmp_path / "clips"))
+    assert command._roots(config) == [str(tmp_path / "birds"), str(root)]
+    assert capsys.readouterr().out == f"{tmp_path / 'clips'}: not there, left out\n"
+
+
 def test_files_that_were_there_stay(root: Path, tmp_path: Path) -> None:
     example = read_dataset(root).examples[3]
     path = Folder.open(root).file("masks", example)

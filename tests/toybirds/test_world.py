@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nabla_jax import prepare
+from nabla_jax.data import clips, read_dataset
 from nabla_jax.errors import UserError
 from nabla_jax.toybirds import Oracle, write_world
 from nabla_jax.toybirds import world as plan
 from nabla_jax.toybirds.render import KEYPOINTS, render
-from nabla_jax.toybirds.world import Settings
+from nabla_jax.toybirds.world import Settings, scene_of
 
 SMALL = {"seed": 5, "size": 32, "images": 100, "orders": 1}
 
@@ -177,12 +179,120 @@ def test_inat_folders_hold_true_pairs_with_the_official_columns(world, subset, c
         assert any(not row["common_name"].isascii() for row in rows)
 
 
-def test_unseen_species_are_not_in_nabirds(world):
+def listed(path):
+    return list(csv.DictReader(path.open(encoding="utf-8", newline="")))
+
+
+def test_pictures_of_the_first_worlds_are_as_they_were():
+    """What decides their pixels, hashed before rows of seen species and clips were added behind them."""
+    settings = Settings(**SMALL)
+    images = plan.nabirds_images(settings, plan.hierarchy(settings))
+    observed = [o for subset, n in (("na", 24), ("unseen", 18)) for o in plan.observations(settings, subset)[:n]]
+    assert hashlib.sha256(repr((images, observed)).encode()).hexdigest() == (
+        "50b689ff5cfc1486baf5a0cdc33a03b5135c578c76aad263268b9896484143da"
+    )
+    pictures = [i.picture for i in images] + [p for o in observed for p in o.pictures]
+    assert hashlib.sha256(repr([scene_of(settings, p) for p in pictures]).encode()).hexdigest() == (
+        "c813e70ab79526ba8667c234e58442abdf568e9a4c6acd80becb10fa25b9080d"
+    )
+
+
+def test_strictly_unseen_species_are_not_in_nabirds(world):
     seen = {" ".join(n.split("(")[0].split()) for n in table(world / "nabirds" / "classes.txt").values()}
-    rows = list(csv.DictReader((world / "inat" / "unseen" / "final_pairs.csv").open(encoding="utf-8", newline="")))
-    na = list(csv.DictReader((world / "inat" / "na" / "final_pairs.csv").open(encoding="utf-8", newline="")))
+    rows = listed(world / "inat" / "unseen" / "strict_unseen.csv")
+    na = listed(world / "inat" / "na" / "final_pairs.csv")
     assert not {row["common_name"] for row in rows} & seen
     assert {row["common_name"] for row in na} <= seen
+
+
+def test_the_strict_list_is_the_one_that_the_command_writes(world, tmp_path, capsys):
+    unseen, strict = (world / "inat" / "unseen" / name for name in ("final_pairs.csv", "strict_unseen.csv"))
+    command = ["--validate", "--strict_unseen", str(tmp_path / "strict.csv"), "--pairs"]
+    prepare.main([*command, str(world / "inat" / "na" / "final_pairs.csv"), str(unseen)])
+    assert (tmp_path / "strict.csv").read_bytes() == strict.read_bytes()
+    assert "22 rows = 18 strictly unseen + 4 of seen species" in capsys.readouterr().out
+    # NABirds' species names alone find the two rows that carry one.
+    prepare.main([*command, str(unseen), "--lists_only", str(world / "nabirds")])
+    assert "22 rows = 20 strictly unseen + 2 of seen species" in capsys.readouterr().out
+
+
+def test_rows_that_are_not_truly_unseen_come_last_in_four_ways_and_show_their_species(world):
+    rows = listed(world / "inat" / "unseen" / "final_pairs.csv")
+    strict = listed(world / "inat" / "unseen" / "strict_unseen.csv")
+    assert rows[: len(strict)] == strict
+    same, renamed, below, crossed = rows[len(strict) :]
+    species = {row["common_name"]: row["scientific_name"] for row in listed(world / "inat" / "na" / "final_pairs.csv")}
+    assert species[same["common_name"]] == same["scientific_name"]
+    assert species[renamed["common_name"]] != renamed["scientific_name"]
+    assert below["scientific_name"].rsplit(" ", 1)[0] in species.values() and below["common_name"] not in species
+    names = crossed["common_name"].split(" × ")
+    genus, first, _, second = crossed["scientific_name"].split()
+    assert [species[name] for name in names] == [f"{genus} {first}", f"{genus} {second}"]
+    # The birds are of the species that the rows hide: order, family and species are those of the seen list.
+    known = {}
+    seen = Oracle(world / "inat" / "na")
+    for row in listed(world / "inat" / "na" / "final_pairs.csv"):
+        key = f"{row['observation_id']}_{row['image_1'].removesuffix('.jpg')}"
+        known[row["scientific_name"]] = seen._images[key]["identity"][:3]
+    for row, name in ((same, same["scientific_name"]), (renamed, species[renamed["common_name"]]),
+                      (below, below["scientific_name"].rsplit(" ", 1)[0]), (crossed, f"{genus} {first}")):  # fmt: skip
+        for column in ("image_1", "image_2"):
+            key = f"{row['observation_id']}_{row[column].removesuffix('.jpg')}"
+            assert Oracle(world / "inat" / "unseen")._images[key]["identity"][:3] == known[name]
+
+
+def test_clips_show_one_individual_each_on_the_move(world):
+    root = world / "clips"
+    dataset, oracle = read_dataset(root), Oracle(root)
+    rows = listed(root / "clips.csv")
+    assert len(rows) == len(dataset.classes) == 6 and len(dataset.examples) == len(oracle) == 36
+    assert len({row["species"] for row in rows}) == 3 and len({row["individual"] for row in rows}) == 6
+    assert {row["species"] for row in rows} <= {row["common_name"] for row in listed(world / "inat/na/final_pairs.csv")}
+    for positions in dataset.classes.values():
+        frames = [dataset.examples[i] for i in positions]
+        assert all(frame.mask is not None and frame.depth is not None and frame.split == "test" for frame in frames)
+        birds = [oracle.identity(frame.id) for frame in frames]
+        scenes = [oracle.scene(frame.id) for frame in frames]
+        assert all(bird == birds[0] for bird in birds[1:])
+        assert len({scene.canvas for scene in scenes}) == len({scene.blobs for scene in scenes}) == 1
+        # The pose changes a little from frame to frame, and more between those that are paired.
+        steps = [abs(b.pitch - a.pitch) for a, b in zip(scenes, scenes[1:], strict=False)]
+        np.testing.assert_allclose(steps, np.mean(steps), atol=1e-9)
+        assert 0 < steps[0] < np.radians(6.1) and scenes[3].pitch - scenes[0].pitch == pytest.approx(
+            3 * (scenes[1].pitch - scenes[0].pitch)
+        )
+        assert sum(a.facing != b.facing for a, b in zip(scenes, scenes[1:], strict=False)) <= 1
+        for frame in frames:
+            mask = np.asarray(Image.open(frame.mask)) > 128
+            np.testing.assert_array_equal(oracle.mask(frame.id), mask)
+    assert len({oracle.identity(dataset.examples[p[0]].id) for p in dataset.classes.values()}) == 6
+
+
+def test_the_right_answer_of_a_pair_of_frames_is_the_target_itself(world):
+    dataset, oracle = read_dataset(world / "clips"), Oracle(world / "clips")
+    pairs = clips.frame_pairs(dataset)
+    assert len(pairs) == 18 and len({id for pair in pairs for id in pair}) == 36
+    for first, second in pairs:
+        a, b = dataset.by_id[first], dataset.by_id[second]
+        assert a.individual == b.individual and int(b.image.stem) - int(a.image.stem) == 6 * 30  # six seconds
+        np.testing.assert_array_equal(oracle.right(first, second), oracle.right(second, second))
+        assert (oracle.right(first, second) != oracle.right(first, first)).any()
+
+
+def test_clips_do_not_grow_beyond_a_dozen_species():
+    assert len(plan.clips(Settings())) == len(plan.clips(Settings(orders=60, images=10**5))) == 24
+    assert len(plan.disguised(Settings(orders=60, images=10**5))) == 4
+
+
+def test_the_world_of_an_older_version_is_refused(world, tmp_path):
+    for name in ("world.json", "clips/oracle.json"):
+        found = json.loads((world / name).read_text(encoding="utf-8"))
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({**found, "version": 2}), encoding="utf-8")
+    with pytest.raises(UserError, match="version: found 2, expected 3.*delete it"):
+        write_world(tmp_path, **SMALL, progress=False)
+    with pytest.raises(UserError, match="version: found 2, expected 3; delete .* python -m nabla_jax.toybirds"):
+        Oracle(tmp_path / "clips")
 
 
 def test_the_default_world_is_large_enough_for_intervals_clustered_by_class():
