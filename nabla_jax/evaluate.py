@@ -629,7 +629,7 @@ def _score_pair(benchmark: Benchmark, out: Path, model: str, seed: int, pair: Pa
         class_id=pair.class_id,
         order=order_of(example),
         species=example.species,
-        qualifier=qualifier(example.class_name) or "",
+        qualifier=plumage_of(example),
         pixels=int(mask.sum()),
         family=family_of(example),
         cluster=individual_of(benchmark.dataset.by_id[pair.subject_id], example),
@@ -698,6 +698,12 @@ def family_of(example: Example) -> str:
     """The group below the order; '' where the data set has none between it and the species."""
     path = example.taxonomy
     return path[2] if len(path) > 3 and species_name(path[2]) != example.species else ""
+
+
+def plumage_of(example: Example) -> str:
+    """The qualifier of the class's name; '' where it names the individual, as for clips."""
+    found = qualifier(example.class_name)
+    return "" if found is None or found == example.individual else found
 
 
 def individual_of(subject: Example, target: Example) -> str:

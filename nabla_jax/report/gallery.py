@@ -15,7 +15,6 @@ from typing import Any
 from nabla_jax import runs
 from nabla_jax.data import read_dataset
 from nabla_jax.data.dataset import Example
-from nabla_jax.data.pairs import split_list
 from nabla_jax.errors import UserError
 from nabla_jax.metrics.summary import ALL_METRICS, PairScore
 from nabla_jax.report.reading import Results, values_of
@@ -56,7 +55,7 @@ def columns(results: Results, benchmark: str, limit: int | None) -> tuple[dict[s
     kept = [score for score in complete.values() if not score.excluded]
     if limit is not None and len(kept) > limit:
         kept = [kept[len(kept) * i // limit] for i in range(limit)]
-    root = split_list(about["root"])[0]
+    root = Path(about["root"])
     dataset = read_dataset(root)
     credits = credits_of(dataset.examples, root)
     texts = {name: Index() for name in ("classes", "orders", "pictures", "credits")}

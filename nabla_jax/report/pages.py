@@ -427,6 +427,7 @@ def provenance(results: Results, run: Path | None, files: Mapping[str, Sequence[
     for benchmark in results.benchmarks.values():
         entries = {
             "folder": benchmark["root"],
+            "list": benchmark["list"] or "the folder’s own",
             "pairs": f"{benchmark['pairs']:,} of {benchmark['classes']:,} classes",
             "excluded pairs": ", ".join(benchmark["excluded"]) or "none",
             "repeated rows": str(benchmark["duplicates"]),

@@ -391,6 +391,7 @@ def observations(settings: Settings, subset: str) -> list[Observation]:
             "longitude": f"{uniform(rng, -180, 180):.6f}",
             "user_login": pick(rng, _USERS),
             "inat_url": f"https://www.inaturalist.org/observations/{observation_id}",
+            "taxonomy": " > ".join(("Birds", order_name(o), family_names(o, f)[0])),
             **({"query_species": hyphenated} if seen else {}),
             "image_1": f"{stems[0]}.jpg",
             "image_2": f"{stems[1]}.jpg",

@@ -87,6 +87,7 @@ def write(folder, pairs):
             {
                 "name": name,
                 "root": str(world),
+                "list": None,
                 "fingerprint": "0" * 16,
                 "pairs": len(scores[name, "untuned"]),
                 "classes": 7,
