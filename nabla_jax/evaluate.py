@@ -100,7 +100,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allow_missing", action="store_true", help="score what is there instead of stopping")
     add("--report", action="store_true", help="also write the static report into --out")
     add("--run", type=Path, help="training run whose loss curve the report shows")
-    add("--baseline", metavar="NAME", help=f"what differences are from: a set or reference point; default {BASELINE}")
+    add(
+        "--baseline",
+        metavar="NAME",
+        help="what differences are from: a set or reference point; default "
+        f"{BASELINE}:SET for a set that has one, else {BASELINE}",
+    )
     add("--seed", type=int, default=0, help="of the bootstrap and of the drawn reference points")
     add("--workers", type=int, default=2, help="processes; 0 works in this one")
 
@@ -124,9 +129,9 @@ def evaluate(
 
     `seed` is that of the bootstrap and of the drawn reference points, `shuffle_seed` that of their shuffled
     subjects (the one `generate` sampled with). Metrics of `networks` that are not named are left out. `baseline` is the
-    set or reference point that comparisons.json has differences from; None is 'untuned', if it is there. `trained` are
-    the taxonomic paths of the species of training (`trained_species`): each pair tells how far its species is from
-    them. Among several processes all must call this; only the first writes results and returns rows.
+    set or reference point that comparisons.json has differences from; None is that of `baseline_of`. `trained` are the
+    taxonomic paths of the species of training (`trained_species`): each pair tells how far its species is from them.
+    Among several processes all must call this; only the first writes results and returns rows.
 
     Raises UserError for pictures that are missing (unless allowed), do not belong to the benchmark, or cannot
     be read; for a target without a mask; and when `out` cannot be written.
@@ -146,7 +151,7 @@ def evaluate(
             scores = _score_all(pictures, contexts, sets, out, seeds, limit, networks, trained, run_chunks)
         if not _is_first():
             return []
-        return _write_results(scores, contexts, sets, missing, out, seed, networks, baseline or BASELINE)
+        return _write_results(scores, contexts, sets, missing, out, seed, networks, baseline)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -784,14 +789,15 @@ def _write_results(
     out: Path,
     seed: int,
     networks: configs.Metrics,
-    baseline: str,
+    baseline: str | None,
 ) -> list[dict[str, Any]]:
     rows, breakdown, comparisons = [], [], []
     for (name, model), found in scores.items():
         rows += summary.rows(model, name, found, seed)
         breakdown += summary.breakdown(model, name, found, seed)
-        if model != baseline and (name, baseline) in scores:
-            comparisons += summary.compare(model, baseline, name, found, scores[name, baseline], seed)
+        base = baseline or baseline_of(model, [m for b, m in scores if b == name])
+        if model != base and (name, base) in scores:
+            comparisons += summary.compare(model, base, name, found, scores[name, base], seed)
     about = {
         "version": VERSION,
         "nabla_jax": nabla_jax.__version__,
@@ -816,6 +822,12 @@ def _write_results(
     for note in summary.notes(about):
         print(note)
     return rows
+
+
+def baseline_of(model: str, models: Sequence[str]) -> str:
+    """What a model is compared with unless told: 'untuned:MODEL' where it is among `models`, else 'untuned'."""
+    own = f"{BASELINE}:{model}"
+    return own if own in models else BASELINE
 
 
 def _about_benchmark(

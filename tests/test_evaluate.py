@@ -162,6 +162,11 @@ def test_differences_are_from_the_baseline_that_is_named(world, results, tmp_pat
     assert not (tmp_path / "other").exists()
 
 
+def test_a_set_is_compared_with_its_own_untuned_one():
+    models = ["untuned", "a", "untuned:a", "b"]
+    assert [verb.baseline_of(m, models) for m in models] == ["untuned", "untuned:a", "untuned", "untuned"]
+
+
 def test_distance_is_that_to_the_nearest_species_of_training(world, tmp_path):
     examples = read_dataset(world / "birds").examples
     trained = [("Birds", "Larks", "Sky", "Skylark"), ("Birds", "Finches", "Siskin")]
