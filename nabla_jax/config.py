@@ -123,6 +123,7 @@ class Metrics:
     siglip: str = ""
     patches: str = ""  # a SigLIP or SigLIP 2 for patch matching
     lpips: str = ""
+    keypoints: str = ""  # a keypoint head of that very dinov2
     batch: int = 32  # pictures at a time
     box: int = 224  # side in pixels that LPIPS sees a cut-out bird at
     obtain: str = ""  # told to a user who does not have them
@@ -130,7 +131,7 @@ class Metrics:
     @property
     def folders(self) -> dict[str, str]:
         """Network -> folder, of those that are named."""
-        named = {name: getattr(self, name) for name in ("dinov2", "siglip", "patches", "lpips")}
+        named = {name: getattr(self, name) for name in ("dinov2", "siglip", "patches", "lpips", "keypoints")}
         return {name: path for name, path in named.items() if path}
 
 
