@@ -46,15 +46,13 @@ def get_config(arg: str = "") -> ConfigDict:
         config.folder = "runs/toy_keypoints"
         config.root = "data/keypoints-world/nabirds"
         config.dinov2 = "asset:toy-dinov2"
-        config.obtain = (
-            "python -m nabla_jax.toybirds --out data/keypoints-world --seed 950 --images 12000 --orders 40"
-        )
+        config.obtain = "python -m nabla_jax.toybirds --out data/keypoints-world --seed 950 --images 12000 --orders 40"
         config.head.image_size = 64
         config.head.hidden_size = 96
-        config.head.fine_size = 32
-        config.head.num_blocks = 2
-        config.head.upsample = 4
-        config.training.steps = 3000
-        config.training.every = 250
+        config.head.fine_size = 48
+        config.head.num_blocks = 3
+        config.head.upsample = 2
+        config.training.steps = 2000
+        config.training.every = 100
         config.training.threads = 2
     return config

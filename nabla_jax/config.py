@@ -150,12 +150,14 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Extract:
-    """Masks, depth maps and captions made by other networks (``python -m nabla_jax.extract``)."""
+    """Masks, depth maps, captions and keypoints made by other networks (``python -m nabla_jax.extract``)."""
 
     sam2: str = "checkpoints/sam2.1-hiera-large"  # folders of transformers checkpoints
     grounding_dino: str = "checkpoints/grounding-dino-base"
     depth_anything: str = "checkpoints/Depth-Anything-V2-Small-hf"
     captioner: str = "checkpoints/Qwen2.5-VL-7B-Instruct"
+    keypoints: str = "checkpoints/keypoints-dinov2-base"  # a keypoint head, or asset:NAME
+    dinov2: str = "checkpoints/dinov2-base"  # the one that the head was trained on
     device: str = ""  # as torch names it; empty: a GPU where there is one
     text: str = "a bird."  # what grounding_dino looks for where no box is known
     box_threshold: float = 0.35

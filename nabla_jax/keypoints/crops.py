@@ -96,7 +96,7 @@ def mirror_order(parts: Sequence[str]) -> Array:
 
 
 def mirror(crop: Array, points: Array, visible: Array, order: Array) -> tuple[Array, Array, Array]:
-    """A crop [S, S, 3], its points [P, 2] (0 to 1) and which are visible [P], mirrored: left parts become right ones."""
+    """A crop [S, S, 3], its points [P, 2] (0 to 1) and which are visible [P], mirrored: left parts become right."""
     turned = np.stack([points[:, 0], 1 - points[:, 1]], axis=1)
     return crop[:, ::-1], turned[order], visible[order]
 

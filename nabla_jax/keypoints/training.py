@@ -57,7 +57,7 @@ class Settings:
     warmup: int = 100
     decay: float = 0.4
     weight_decay: float = 0.01
-    spread: float = 0.02
+    spread: float = 0.03
     distance_weight: float = 10.0
     ema: float = 0.998
     validate: int = 512
@@ -123,9 +123,7 @@ def loss(
     size = found.heatmaps.shape[-1]
     grid = (jnp.arange(size) + 0.5) / size
     # The normal distribution over cells is a product of one over rows and one over columns.
-    rows, columns = (
-        jax.nn.softmax(-0.5 * ((grid - points[..., k, None]) / settings.spread) ** 2) for k in range(2)
-    )
+    rows, columns = (jax.nn.softmax(-0.5 * ((grid - points[..., k, None]) / settings.spread) ** 2) for k in range(2))
     wanted = rows[..., :, None] * columns[..., None, :]
     logs = jax.nn.log_softmax(found.heatmaps.reshape(*found.heatmaps.shape[:2], -1)).reshape(found.heatmaps.shape)
     seen = (visible & counted).astype(jnp.float32)
@@ -232,9 +230,7 @@ def measure(
         "pck": float(hits[seen].mean()),
         "distance": float(distances[seen].mean()),
         "visibility": float(((points[..., 2] > 0.5) == seen).mean()),
-        "parts": {
-            name: float(hits[:, k][seen[:, k]].mean()) if counts[k] else None for k, name in enumerate(parts)
-        },
+        "parts": {name: float(hits[:, k][seen[:, k]].mean()) if counts[k] else None for k, name in enumerate(parts)},
         "pictures": len(examples),
     }
 

@@ -8,8 +8,8 @@ A picture becomes a ``Description``, arrays by name:
 - ``dinov2_box``, ``siglip_box`` [D]: the same of the cut-out bird, resized to the network's input and not cropped
 - ``patches`` [n, D] float16: unit vectors of the cut-out's n foreground patches, of the SigLIP (2) of ``patches``
 
-- ``keypoints`` [P, 3] float32: (row, column, probability of being visible) of the parts, in pixels of the picture, found
-  in a square round the bird's box, background kept: a silhouette would give the pose away
+- ``keypoints`` [P, 3] float32: (row, column, probability of being visible) of the parts, in pixels of the picture,
+  found in a square round the bird's box, background kept: a silhouette would give the pose away
 
 LPIPS compares two pictures directly. Everything is computed in float32.
 """
@@ -89,7 +89,9 @@ class Detector:
                 crops.place(box, picture.shape[0], picture.shape[1], self.config.margin, self.config.image_size)
                 for picture, box in given
             ]
-            pixels = self.processor([crops.cut(picture, place) for (picture, _), place in zip(given, places, strict=True)])
+            pixels = self.processor(
+                [crops.cut(picture, place) for (picture, _), place in zip(given, places, strict=True)]
+            )
             values = self.run(_padded(pixels, self.batch))[: len(given)]
             found[part] = values
             for row, place in zip(found[part], places, strict=True):
@@ -182,10 +184,9 @@ def _require_dinov2(metrics: configs.Metrics) -> None:
 
 
 def load_detector(folder: Path, dinov2: Path, batch: int = 1) -> Detector:
-    """A keypoint head and its DINOv2 alone, on this process's devices. Raises UserError for what does not fit."""
-    mesh = meshes.data_mesh(jax.local_devices())
-    transformers_folder.check_keypoint_head(folder, dinov2)
-    return _load_head(folder, dinov2, load_encoder(dinov2, "dinov2", mesh), mesh, -(-batch // mesh.size) * mesh.size)
+    """A keypoint head and its DINOv2 alone, on one device. Raises UserError for what does not fit."""
+    mesh = meshes.data_mesh(jax.local_devices()[:1])
+    return _load_head(folder, dinov2, load_encoder(dinov2, "dinov2", mesh), mesh, batch)
 
 
 def _load_head(folder: Path, dinov2: Path, encoder: Encoder, mesh: jax.sharding.Mesh, batch: int) -> Detector:

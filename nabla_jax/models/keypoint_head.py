@@ -1,6 +1,7 @@
 """A keypoint head on the patch features of a frozen DINOv2: one heatmap and one visibility for each part of a bird.
 
-Letters in shapes: B pictures, P parts, g patches along a side, G = g * ``upsample`` cells along a side, D feature width.
+Letters in shapes: B pictures, P parts, g patches along a side, G = g * ``upsample`` cells along a side, D width of
+features.
 
 Patches are too coarse for an eye: their features are mixed by convolutions, unfolded into ``upsample`` x ``upsample``
 cells each and joined with a look at the pixels of every cell. A position is the heatmap's mean (soft-argmax; Sun et al.
@@ -21,8 +22,8 @@ from jax.typing import DTypeLike
 
 from nabla_jax.errors import UserError
 from nabla_jax.models.config_file import check_counts, known_fields, read_config
-from nabla_jax.models.layers import Conv2d, LayerNorm, Linear, convolve_nhwc
-from nabla_jax.models.vision import embed_patches, gelu
+from nabla_jax.models.layers import Conv2d, LayerNorm, Linear
+from nabla_jax.models.vision import MLP, embed_patches, gelu
 
 _FIXED = {"model_type": "keypoint_head"}
 
@@ -107,16 +108,21 @@ class Keypoints(NamedTuple):
 
 
 class Block(nnx.Module):
-    """Two 3x3 convolutions after a norm over channels, as a residual."""
+    """A 3x3 convolution of each channel, then two linear layers at every place, as a residual (Liu et al. 2022)."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
+        self.conv = nnx.Param(jax.random.uniform(rngs.params(), (3, 3, width), jnp.dtype(dtype), -1 / 3, 1 / 3))
         self.norm = LayerNorm(width, dtype=dtype)
-        self.conv1 = Conv2d(width, width, 3, padding=1, rngs=rngs, dtype=dtype)
-        self.conv2 = Conv2d(width, width, 3, padding=1, rngs=rngs, dtype=dtype)
+        self.mlp = MLP(width, 2 * width, gelu, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, h, w, width] -> same shape."""
-        return x + convolve_nhwc(self.conv2, gelu(convolve_nhwc(self.conv1, self.norm(x))))
+        h, w = x.shape[1:3]
+        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        kernel = self.conv[...].astype(x.dtype)
+        # Nine shifted products: XLA's convolutions, and above all their gradients, took several times as long on a CPU.
+        y = sum(padded[:, i : i + h, j : j + w] * kernel[i, j] for i in range(3) for j in range(3))
+        return x + self.mlp(self.norm(y))
 
 
 class KeypointHead(nnx.Module):
