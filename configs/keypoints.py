@@ -52,7 +52,8 @@ def get_config(arg: str = "") -> ConfigDict:
         config.head.fine_size = 48
         config.head.num_blocks = 3
         config.head.upsample = 2
-        config.training.steps = 2000
+        config.training.steps = 800
+        config.training.learning_rate = 1.5e-3
         config.training.every = 100
         config.training.threads = 2
     return config

@@ -9,8 +9,8 @@
         --pictures omk_keypoints=pictures/omk_keypoints --out reports/omk_keypoints --report
 
 NABirds has annotated keypoints; those of the iNaturalist photos are found by the head that
-`python -m nabla_jax.keypoints --config configs/keypoints.py` trains. The skeleton is the dense one in training, sampling
-and evaluation; hardware and time are those of configs/omk_fill.py.
+`python -m nabla_jax.keypoints --config configs/keypoints.py` trains. The skeleton is the dense one in training,
+sampling and evaluation; hardware and time are those of configs/omk_fill.py.
 
 `configs/omk_keypoints.py:toy` is the same run on the embedded world.
 """

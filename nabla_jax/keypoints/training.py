@@ -186,7 +186,7 @@ class Batches:
         image = read_rgb(example.image)
         box, factor = crops.vary_place(rng, self.boxes[i], variation)
         margin = max(self.config.margin * factor, 1.0)
-        placement = crops.place(box, *image.shape[:2], margin, self.config.image_size)
+        placement = crops.place(box, image.shape[0], image.shape[1], margin, self.config.image_size)
         crop = crops.vary_colour(rng, crops.cut(image, placement), variation)
         points, visible = crops.to_crop(example.keypoints[:, :2], placement), example.keypoints[:, 2] != 0
         if rng.random() < variation.flip:

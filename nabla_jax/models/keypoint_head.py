@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -121,7 +122,9 @@ class Block(nnx.Module):
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         kernel = self.conv[...].astype(x.dtype)
         # Nine shifted products: XLA's convolutions, and above all their gradients, took several times as long on a CPU.
-        y = sum(padded[:, i : i + h, j : j + w] * kernel[i, j] for i in range(3) for j in range(3))
+        y = jnp.zeros_like(x)
+        for i, j in np.ndindex(3, 3):
+            y = y + padded[:, i : i + h, j : j + w] * kernel[i, j]
         return x + self.mlp(self.norm(y))
 
 
