@@ -29,7 +29,7 @@ from nabla_jax.toybirds.render import render
 
 @dataclasses.dataclass(frozen=True)
 class Shot:
-    """A photograph [H, W, 3] uint8, its mask, and [11, 3] (row, column, visible) with the first pixel's centre at 0 0."""
+    """A photograph [H, W, 3] uint8, its mask, [11, 3] (row, column, visible) with the first pixel's centre at 0 0."""
 
     picture: np.ndarray
     mask: np.ndarray
@@ -47,7 +47,7 @@ class Shot:
 
 
 def draw_world(seed: int, limit: int | None = None, orders: int = 4, size: int = 48) -> tuple[list[Shot], list[Shot]]:
-    """Two photographs of each observed individual of the world that ``python -m nabla_jax.toybirds --seed SEED`` writes.
+    """Two photographs of each observed individual of the world that ``nabla_jax.toybirds --seed SEED`` writes.
 
     ``limit`` takes every n-th individual so that about as many are left.
     """
