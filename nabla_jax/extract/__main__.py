@@ -42,9 +42,14 @@ def main(argv: Sequence[str]) -> None:
     folders = [work.Folder.open(Path(root)) for root in roots]
     for folder in folders:
         for what in work.TASKS:
-            if what in chosen:
-                # Keypoints are looked for in the masks that may just have been made.
-                folder = work.Folder.open(folder.root) if what == "keypoints" else folder
+            if what not in chosen:
+                continue
+            # Keypoints are looked for in the masks that may just have been made.
+            folder = work.Folder.open(folder.root) if what == "keypoints" else folder
+            if options.what is None and not options.overwrite and not folder.missing(what):
+                # Not asked for by name: whoever has all masks needs no checkpoint that makes them.
+                print(f"{folder.root}: {what}: none is missing", flush=True)
+            else:
                 work.extract(folder, what, config.extract, shard, overwrite=options.overwrite, clips=options.clips)
 
 

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -200,25 +201,22 @@ def card(config: KeypointsConfig, dataset: Dataset, pictures: int, found: dict[s
     """How the head was made, and what it is worth."""
     size, how = sum(leaf.size for leaf in jax.tree.leaves(params)), config.training
     each = ", ".join(f"{name} {value:.3f}" for name, value in found["parts"].items() if value is not None)
-    return "\n".join(
-        [
-            f"# {Path(config.output).name}",
-            "",
-            f"A keypoint head ({size:,} parameters) on the patch features of `{config.dinov2}`, of use with these very",
-            f"weights only. Made by `python -m nabla_jax.keypoints --config {config.source}`; Apache-2.0.",
-            "",
-            f"- Pictures: {pictures} training pictures of `{dataset.root}`, crops of {config.head.image_size} pixels,",
-            f"  {config.head.margin:g} times the longer side of the bird's box.",
-            f"- Training: {how.steps} steps of {how.batch} crops, varied in place, size, colour and sharpness, half of",
-            f"  them mirrored with left and right parts exchanged; AdamW, learning rate {how.learning_rate:g}, seed",
-            f"  {how.seed}.",
-            f"- On {found['pictures']} test pictures: {found['pck']:.3f} of the visible keypoints within a tenth",
-            f"  of the longer side of the box (mean distance {found['distance']:.4f}); visible or hidden is told right",
-            f"  in {found['visibility']:.3f}. By part: {each}.",
-            "- Weights: the running average, bfloat16.",
-            "",
-        ]
+    what = (
+        f"A keypoint head ({size:,} parameters) on the patch features of `{config.dinov2}`, of use with these very "
+        f"weights only. Made by `python -m nabla_jax.keypoints --config {config.source}`; Apache-2.0."
     )
+    lines = (
+        f"Pictures: {pictures} training pictures of `{dataset.root}`, crops of {config.head.image_size} pixels, "
+        f"{config.head.margin:g} times the longer side of the bird's box.",
+        f"Training: {how.steps} steps of {how.batch} crops, varied in place, size, colour and sharpness, half of them "
+        f"mirrored with left and right parts exchanged; AdamW, learning rate {how.learning_rate:g}, seed {how.seed}.",
+        f"On {found['pictures']} test pictures: {found['pck']:.3f} of the visible keypoints within a tenth of the "
+        f"longer side of the box (mean distance {found['distance']:.4f}); visible or hidden is told right in "
+        f"{found['visibility']:.3f}. By part: {each}.",
+        "Weights: the running average, bfloat16.",
+    )
+    wrapped = (textwrap.fill(f"- {line}", 120, subsequent_indent="  ") for line in lines)
+    return "\n".join([f"# {Path(config.output).name}", "", textwrap.fill(what, 120), "", *wrapped, ""])
 
 
 if __name__ == "__main__":
