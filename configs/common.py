@@ -21,7 +21,8 @@ NABIRDS = (
 METRICS = (
     "`hf download facebook/dinov2-base --local-dir checkpoints/dinov2-base`, the same for "
     "google/siglip-base-patch16-224 and google/siglip2-base-patch16-224 (2 GB), and checkpoints/lpips-vgg16 as "
-    "docs/networks.md tells"
+    "docs/networks.md tells, and checkpoints/keypoints-dinov2-base by `python -m nabla_jax.keypoints --config "
+    "configs/keypoints.py`"
 )
 
 
@@ -94,10 +95,12 @@ def omini() -> ConfigDict:
                 "siglip": "checkpoints/siglip-base-patch16-224",
                 "patches": "checkpoints/siglip2-base-patch16-224",
                 "lpips": "checkpoints/lpips-vgg16",
+                "keypoints": "checkpoints/keypoints-dinov2-base",
                 "batch": 32,
                 "box": 224,
                 "obtain": METRICS,
             },
+            "extract": {"keypoints": "checkpoints/keypoints-dinov2-base", "dinov2": "checkpoints/dinov2-base"},
             "preview": PREVIEW,
         }
     )
@@ -151,6 +154,8 @@ def toy(config: ConfigDict) -> ConfigDict:
     config.metrics.dinov2 = "asset:toy-dinov2"
     config.metrics.siglip = config.metrics.patches = "asset:toy-siglip"
     config.metrics.lpips = "asset:toy-lpips"
+    config.metrics.keypoints = config.extract.keypoints = "asset:toy-keypoints"
+    config.extract.dinov2 = "asset:toy-dinov2"
     config.metrics.box = 32
     config.preview = "make demo"
     return config

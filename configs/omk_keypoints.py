@@ -1,5 +1,6 @@
 """Om-K keypoints: OminiControl tokens on FLUX.1-Kontext, from a subject and the skeleton of the pose.
 
+    python -m nabla_jax.extract  --config configs/omk_keypoints.py
     python -m nabla_jax.prepare  --config configs/omk_keypoints.py
     python -m nabla_jax.train    --config configs/omk_keypoints.py
     python -m nabla_jax.generate --config configs/omk_keypoints.py --adapter runs/omk_keypoints \
@@ -7,8 +8,9 @@
     python -m nabla_jax.evaluate --config configs/omk_keypoints.py \
         --pictures omk_keypoints=pictures/omk_keypoints --out reports/omk_keypoints --report
 
-Only NABirds has keypoints, so only its benchmark can be made. The skeleton is the dense one in training, sampling and
-evaluation; hardware and time are those of configs/omk_fill.py.
+NABirds has annotated keypoints; those of the iNaturalist photos are found by the head that
+`python -m nabla_jax.keypoints --config configs/keypoints.py` trains. The skeleton is the dense one in training,
+sampling and evaluation; hardware and time are those of configs/omk_fill.py.
 
 `configs/omk_keypoints.py:toy` is the same run on the embedded world.
 """
@@ -20,7 +22,4 @@ from configs import common
 
 def get_config(arg: str = "") -> ConfigDict:
     """The configuration; ``arg`` is empty or ``toy``."""
-    config = common.with_control("keypoints", arg)
-    # Photos of iNaturalist and clips have no keypoints.
-    config.benchmarks = ConfigDict({name: root for name, root in config.benchmarks.items() if "nabla" in name})
-    return config
+    return common.with_control("keypoints", arg)

@@ -123,6 +123,7 @@ class Metrics:
     siglip: str = ""
     patches: str = ""  # a SigLIP or SigLIP 2 for patch matching
     lpips: str = ""
+    keypoints: str = ""  # a keypoint head of that very dinov2
     batch: int = 32  # pictures at a time
     box: int = 224  # side in pixels that LPIPS sees a cut-out bird at
     obtain: str = ""  # told to a user who does not have them
@@ -130,7 +131,7 @@ class Metrics:
     @property
     def folders(self) -> dict[str, str]:
         """Network -> folder, of those that are named."""
-        named = {name: getattr(self, name) for name in ("dinov2", "siglip", "patches", "lpips")}
+        named = {name: getattr(self, name) for name in ("dinov2", "siglip", "patches", "lpips", "keypoints")}
         return {name: path for name, path in named.items() if path}
 
 
@@ -149,12 +150,14 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Extract:
-    """Masks, depth maps and captions made by other networks (``python -m nabla_jax.extract``)."""
+    """Masks, depth maps, captions and keypoints made by other networks (``python -m nabla_jax.extract``)."""
 
     sam2: str = "checkpoints/sam2.1-hiera-large"  # folders of transformers checkpoints
     grounding_dino: str = "checkpoints/grounding-dino-base"
     depth_anything: str = "checkpoints/Depth-Anything-V2-Small-hf"
     captioner: str = "checkpoints/Qwen2.5-VL-7B-Instruct"
+    keypoints: str = "checkpoints/keypoints-dinov2-base"  # a keypoint head, or asset:NAME
+    dinov2: str = "checkpoints/dinov2-base"  # the one that the head was trained on
     device: str = ""  # as torch names it; empty: a GPU where there is one
     text: str = "a bird."  # what grounding_dino looks for where no box is known
     box_threshold: float = 0.35

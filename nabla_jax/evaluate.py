@@ -49,7 +49,7 @@ T = TypeVar("T")
 REFERENCES = ("flat-colour", "copy-target", "paste-subject", "same-class", "sibling-class")
 BASELINE = "untuned"
 NO_NETWORKS = configs.Metrics()
-VERSION = 2  # of the numbers: raise it when a metric changes, so that no stored score is reused
+VERSION = 3  # of the numbers: raise it when a metric changes, so that no stored score is reused
 
 
 def main(argv: Sequence[str]) -> None:
@@ -268,6 +268,8 @@ def _fingerprint(dataset: Dataset, pairs: Sequence[Pair]) -> str:
     for example in dataset.examples:
         files = [path for path in (example.image, example.mask) if path is not None]
         digest.update(f"\n{example.id} {[path.stat().st_size for path in files]}".encode())
+        if example.keypoints is not None:
+            digest.update(example.keypoints.astype("<i4").tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -527,6 +529,7 @@ class _Judge:
         self.contexts, self.out, self.seed = contexts, out, seed
         self.networks: Any = None
         self.real: dict[str, Any] = {}
+        self.keypoints: dict[str, dict[str, Array | None]] = {}
         if not settings.folders or not names:
             return
         from nabla_jax.metrics import networks as nets
@@ -547,6 +550,11 @@ class _Judge:
             if perception.RETRIEVAL in self.networks.names:
                 shown = {i for pair in benchmark.pairs for ids in benchmark.galleries(pair).values() for i in ids}
                 self.real[name] |= described(sorted(shown - set(own)), (perception.RETRIEVAL,))
+            if self.networks.keypoints is not None:
+                known = _keypoints_of_targets(benchmark, self.networks.keypoints.config.parts)
+                bare = [id for id, keypoints in known.items() if keypoints is None]
+                found = described(bare, (nets.KEYPOINTS,)) if bare else {}
+                self.keypoints[name] = known | {id: row[nets.KEYPOINTS] for id, row in found.items()}
 
     def add(self, scores: list[PairScore], name: str, model: str, inputs: str, jobs: Sequence[Job]) -> list[PairScore]:
         """The scores with what the networks say of pairs that count."""
@@ -557,7 +565,7 @@ class _Judge:
         benchmark = self.contexts[name]
         pairs = {pair.key: pair for pair in benchmark.pairs}
         counted = {score.pair for score in scores if not score.excluded}
-        cases = [self._case(benchmark, model, pairs[job.pair], job) for job in jobs if job.pair in counted]
+        cases = [self._case(name, model, pairs[job.pair], job) for job in jobs if job.pair in counted]
         read = functools.partial(_read, benchmark)
         cache = self.out / "cache" / "judgements"
         what = f"{name}/{model}"
@@ -568,15 +576,25 @@ class _Judge:
         columns: Mapping[str, Mapping[str, Any]] = found
         return [dataclasses.replace(score, **columns.get(score.pair, {})) for score in scores]
 
-    def _case(self, benchmark: Benchmark, model: str, pair: Pair, job: Job) -> Any:
+    def _case(self, name: str, model: str, pair: Pair, job: Job) -> Any:
         from nabla_jax.metrics import perception
 
+        benchmark = self.contexts[name]
         if job.right is not None:
             picture = functools.partial(read_rgb, job.right)
         else:
             picture = functools.partial(draw_reference, model, benchmark, pair, pair.subject_id, self.seed)
         galleries = benchmark.galleries(pair)
-        return perception.Case(pair.key, pair.subject_id, pair.target_id, pair.class_id, picture, galleries)
+        keypoints = self.keypoints.get(name, {}).get(pair.target_id)
+        return perception.Case(pair.key, pair.subject_id, pair.target_id, pair.class_id, picture, galleries, keypoints)
+
+
+def _keypoints_of_targets(benchmark: Benchmark, parts: Sequence[str]) -> dict[str, Array | None]:
+    """Target id -> its keypoints as the data set has them; None where it has none, or of other parts."""
+    dataset = benchmark.dataset
+    found = {pair.target_id: dataset.by_id[pair.target_id].keypoints for pair in benchmark.pairs}
+    same = not dataset.parts or tuple(dataset.parts) == tuple(parts)
+    return {id: k if same and k is not None and len(k) == len(parts) else None for id, k in sorted(found.items())}
 
 
 def _fingerprint_of_picture(benchmark: Benchmark, id: str) -> str:

@@ -68,7 +68,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--target", type=Path, help="one picture: in which pose and place")
     add("--target_mask", type=Path)
     add("--target_depth", type=Path, help="for control depth: grey picture of the target's size, near is bright")
-    add("--target_keypoints", type=Path, help="for control keypoints: 11 lines `part x y visible`")
+    add(
+        "--target_keypoints",
+        type=Path,
+        help="for control keypoints: 11 lines `part x y visible`; else found by extract.keypoints",
+    )
     add("--target_caption", help="for caption background: what is to be seen round the bird")
 
 
@@ -98,9 +102,11 @@ def _extractable(config: configs.Config, name: str) -> bool:
         "target_mask": masks,
         "target_depth": ("depth_anything",),
         "target_caption": ("captioner",),
+        "target_keypoints": ("keypoints", "dinov2"),
     }
-    folders = [Path(getattr(config.extract, field)) for field in used.get(name, ())]
-    return bool(folders) and all((folder / "config.json").is_file() for folder in folders)
+    from nabla_jax.extract import checkpoints
+
+    return name in used and checkpoints.is_there(config.extract, *used[name])
 
 
 def _read_one(image: Path, mask: Path | None, config: configs.Config) -> tuple[Array, Array]:
@@ -136,8 +142,12 @@ def _make_one(config: configs.Config, arguments: argparse.Namespace) -> None:
     if needs == "depth":
         depth = extract.depth(target[0], config.extract) if given is None else controls.read_depth(given, height, width)
     keypoints = None
-    if needs == "keypoints" and given is not None:
-        keypoints = controls.read_keypoints(given, height, width)
+    if needs == "keypoints":
+        keypoints = (
+            extract.keypoints(target[0], target[1], config.extract)
+            if given is None
+            else controls.read_keypoints(given, height, width)
+        )
     caption = arguments.target_caption
     if described and not caption:
         caption = extract.caption(target[0], settings=config.extract).text

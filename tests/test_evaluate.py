@@ -15,13 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nabla_jax import assets
 from nabla_jax import config as configs
 from nabla_jax import evaluate as verb
-from nabla_jax.data import read_dataset
+from nabla_jax.conditioning.geometry import mask_box
+from nabla_jax.data import keypoint_file, read_dataset
 from nabla_jax.data.pairs import benchmark_pairs
 from nabla_jax.data.taxonomy import species_path
 from nabla_jax.errors import UserError
 from nabla_jax.images import read_rgb, write_image
+from nabla_jax.metrics import networks as nets
 from nabla_jax.metrics import perception, pixels, statistics, summary
 from nabla_jax.parallel import processes
 from tests import fake_world
@@ -493,7 +496,7 @@ def test_the_fingerprint_follows_the_data(world, tmp_path):
 
 NETWORKS = configs.Metrics(
     dinov2="asset:toy-dinov2", siglip="asset:toy-siglip", patches="asset:toy-siglip", lpips="asset:toy-lpips",
-    batch=4, box=32,
+    keypoints="asset:toy-keypoints", batch=4, box=32,
 )  # fmt: skip
 OF_NETWORKS = set(summary.FURTHER_METRICS) - {"mask_iou"}
 
@@ -521,8 +524,11 @@ def test_networks_judge_every_set_and_reference_point(judged):
         assert rows["paste-subject", metric]["mean"] > rows["sibling-class", metric]["mean"]
     # Species differ in colour: real pictures tell them apart, one of a sibling is never retrieved as the true one.
     assert rows["copy-target", "retrieval_rate"]["mean"] > 0.9 and rows["sibling-class", "retrieval_rate"]["mean"] < 0.1
+    # Nobody annotated these birds: what is found in the target's own picture is found again.
+    assert rows["copy-target", "keypoint_distance"]["mean"] == 0 and rows["copy-target", "keypoint_rate"]["mean"] == 1
+    assert rows["same-class", "keypoint_distance"]["mean"] > 0.05
     about = json.loads((out / "evaluation.json").read_text())["networks"]
-    assert set(about) == {"dinov2", "siglip", "patches", "lpips"} and all(
+    assert set(about) == {"dinov2", "siglip", "patches", "lpips", "keypoints"} and all(
         len(n["sha256"][0]) == 64 for n in about.values()
     )
 
@@ -601,6 +607,43 @@ def test_two_processes_give_the_table_of_one(world, judged, tmp_path):
         counts = [len(list(out.glob(pattern))) for out in outs]
         assert sum(counts) == whole and max(counts) < whole
     assert not (outs[1] / "summary.json").exists()
+
+
+def test_annotated_keypoints_go_before_those_that_are_found(world, tmp_path):
+    """The distance is to the annotation, over the longer side of the box; without a visible part there is none."""
+    root = shutil.copytree(world / "birds", tmp_path / "birds")
+    benchmark = verb.open_benchmark(root)
+    targets = list(dict.fromkeys(pair.target_id for pair in benchmark.pairs))
+    detector = nets.load_detector(
+        assets.resolve("asset:toy-keypoints"), assets.resolve("asset:toy-dinov2"), NETWORKS.batch
+    )
+    known = {}
+    for number, id in enumerate(targets):
+        mask = verb._read(benchmark, id)[1]
+        box = mask_box(mask)
+        points = np.rint(detector([verb._read(benchmark, id)[0]], [box])[0]).astype(int)
+        points[:, 2] = np.arange(11) < 5 if number else 0
+        points[:, 1] += round(0.5 * max(box[2] - box[0], box[3] - box[1]))
+        known[id] = points
+    keypoint_file.write(root / "keypoints.json", {id: keypoint_file.to_rows(points) for id, points in known.items()})
+    networks = configs.Metrics(dinov2="asset:toy-dinov2", keypoints="asset:toy-keypoints", batch=4)
+    verb.evaluate({}, {"ellipses": root}, tmp_path / "out", workers=0, networks=networks)
+    scores = summary.from_csv(tmp_path / "out" / "pairs" / "ellipses" / "copy-target.csv")
+    for score in scores:
+        if score.target_id == targets[0]:
+            assert score.keypoint_distance is None and score.keypoint_rate is None
+        else:
+            assert score.keypoint_distance == pytest.approx(0.5, abs=0.03) and score.keypoint_rate == 0
+    # The annotation is part of what scores are stored by.
+    before = verb.open_benchmark(root).fingerprint
+    keypoint_file.write(root / "keypoints.json", {})
+    verb.open_benchmark.cache_clear()
+    assert verb.open_benchmark(root).fingerprint != before
+
+
+def test_a_head_needs_its_dinov2(world, tmp_path):
+    with pytest.raises(UserError, match="metrics.dinov2: found nothing, expected the folder of the DINOv2 that"):
+        run(world, tmp_path, ["half"], networks=configs.Metrics(keypoints="asset:toy-keypoints"))
 
 
 def test_masks_of_generated_birds_give_pose_fidelity(world, tmp_path):

@@ -6,10 +6,12 @@
 - FLUX.1-Redux: ``image_encoder/`` (a SigLIP vision tower) and ``image_embedder/`` (two linear layers), each with
   ``config.json`` and weights
 - LPIPS: ``config.json`` and ``model.safetensors``; published as two torch files, see ``write_lpips``
+- keypoint heads: ``config.json`` and ``model.safetensors``, made by ``python -m nabla_jax.keypoints``
 
 Every tensor of a file must have its place, except those that a model's module lists as unused.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -21,9 +23,10 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from nabla_jax.checkpoints.pipeline import Component, Part, load_model, save_model, write_json
-from nabla_jax.checkpoints.safetensors_io import check_tree, flatten, save_tree, unflatten
+from nabla_jax.checkpoints.safetensors_io import check_tree, flatten, read_header, save_tree, unflatten
 from nabla_jax.errors import UserError
-from nabla_jax.models import dinov2, layers, lpips, redux, siglip
+from nabla_jax.hashing import file_sha256
+from nabla_jax.models import dinov2, keypoint_head, layers, lpips, redux, siglip
 
 StrPath = str | os.PathLike[str]
 
@@ -31,6 +34,7 @@ NETWORKS = {
     "siglip": Part(siglip.SiglipVisionConfig, siglip.SiglipVision, "model.safetensors", siglip.TABLE, siglip.STACKED),
     "dinov2": Part(dinov2.Dinov2Config, dinov2.Dinov2, "model.safetensors", dinov2.TABLE, dinov2.STACKED),
     "lpips": Part(lpips.LpipsConfig, lpips.Lpips, "model.safetensors", lpips.TABLE),
+    "keypoints": Part(keypoint_head.KeypointHeadConfig, keypoint_head.KeypointHead, "model.safetensors"),
 }
 REDUX = {
     "image_encoder": NETWORKS["siglip"],
@@ -55,6 +59,34 @@ def load_dinov2(folder: StrPath, *, dtype: DTypeLike = "float32", sharding: Any 
 def load_lpips(folder: StrPath, *, dtype: DTypeLike = "float32", sharding: Any = None) -> Component:
     """The network of an LPIPS folder, which ``write_lpips`` makes; see ``load_siglip``."""
     return load_model(Path(folder), NETWORKS["lpips"], dtype=dtype, sharding=sharding)
+
+
+def load_keypoint_head(
+    folder: StrPath, dinov2: StrPath, *, dtype: DTypeLike = "float32", sharding: Any = None
+) -> Component:
+    """The head of a folder that ``python -m nabla_jax.keypoints`` wrote; see ``load_siglip``.
+
+    Raises UserError also if ``dinov2`` is not the folder of the very DINOv2 that the head was trained on.
+    """
+    check_keypoint_head(folder, dinov2)
+    return load_model(Path(folder), NETWORKS["keypoints"], dtype=dtype, sharding=sharding)
+
+
+def check_keypoint_head(folder: StrPath, dinov2: StrPath) -> None:
+    """Raises UserError if the head in ``folder`` was trained on another DINOv2 than that of the folder ``dinov2``."""
+    expected = _config(Path(folder), NETWORKS["keypoints"]).dinov2_sha256
+    found = weights_sha256(dinov2)
+    if found != expected:
+        raise UserError(
+            f"{folder}: keypoint head of another DINOv2: trained on weights with sha256 {expected[:12]}, found "
+            f"{found[:12]} at {dinov2}"
+        )
+
+
+def weights_sha256(folder: StrPath) -> str:
+    """SHA-256 (hex) of the weights that would be loaded: of the one file, or of the hashes of all shards."""
+    hashes = [file_sha256(file) for file in read_header(folder).files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def load_redux(folder: StrPath, *, dtype: DTypeLike = "float32", sharding: Any = None) -> Component:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from nabla_jax.data import clips, inat21, inaturalist, manifest, nabirds, tfds
+from nabla_jax.data import clips, inat21, inaturalist, keypoint_file, manifest, nabirds, tfds
 from nabla_jax.data.dataset import Dataset, Example
 from nabla_jax.data.problems import Problems
 from nabla_jax.errors import UserError
@@ -59,6 +59,10 @@ def scan_dataset(
     path = Path(root)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder, expected a dataset")
+    return keypoint_file.add(_scan(path, problems, source, taxon, frame_gap, frame_rate), problems)
+
+
+def _scan(path: Path, problems: Problems, source: str, taxon: str, frame_gap: float, frame_rate: float) -> Dataset:
     match _recognise(path) if source == "auto" else source:
         case "manifest":
             return manifest.scan(path, problems)

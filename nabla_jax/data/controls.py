@@ -223,7 +223,8 @@ def read_view(example: Example, *kinds: str) -> View:
 
 def require(examples: Sequence[Example], *kinds: str) -> None:
     """Raises one UserError if examples lack their mask or what the controls ``kinds`` are made of; opens no file."""
-    expected = {"mask": "a PNG for each", "depth": "a PNG for each", "keypoints": "parts/part_locs.txt to list them"}
+    listed = "keypoints.json (parts/part_locs.txt in NABirds) to list them"
+    expected = {"mask": "a PNG for each", "depth": "a PNG for each", "keypoints": listed}
     for field in ("mask", *_needs(kinds)):
         require_field(examples, field, expected[field])
 
@@ -234,7 +235,7 @@ def require_field(examples: Sequence[Example], field: str, expected: str) -> Non
     if absent:
         raise UserError(
             f"{absent[0].image}: has no {field}; {len(absent)} of {len(examples)} pictures have none, "
-            f"expected {expected}" + ("" if field == "keypoints" else "; python -m nabla_jax.extract makes them")
+            f"expected {expected}; python -m nabla_jax.extract makes them"
         )
 
 

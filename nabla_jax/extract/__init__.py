@@ -1,10 +1,12 @@
-"""Masks, depth maps and captions by other networks: the optional extra ``nabla_jax[extract]`` (torch).
+"""Masks, depth maps and captions by other networks: the optional extra ``nabla_jax[extract]`` (torch). Keypoints by a
+head of our own, without torch.
 
     from nabla_jax import extract
     silhouette = extract.mask(image, "a bird.")            # Grounding DINO, then SAM 2
     silhouette = extract.mask(image, (40, 60, 300, 420))   # SAM 2 by box (top, left, bottom, right)
     depth_map = extract.depth(image)                       # Depth Anything V2
     text = extract.caption(image).text                     # Qwen2.5-VL, the background alone
+    points = extract.keypoints(image, silhouette)          # DINOv2 and a head on it
 
 ``python -m nabla_jax.extract --config FILE`` makes the files of a whole dataset folder. Everything is read from local
 checkpoint folders; nothing is downloaded. Importing this is light: torch and transformers load with the first call.
@@ -21,7 +23,7 @@ from nabla_jax.config import Extract
 if TYPE_CHECKING:
     from nabla_jax.extract.captions import Caption
 
-__all__ = ["caption", "depth", "mask"]
+__all__ = ["caption", "depth", "keypoints", "mask"]
 
 Array = np.ndarray[Any, Any]
 
@@ -54,6 +56,25 @@ def depth(image: Array, settings: Extract | None = None) -> Array:
     from nabla_jax.extract import depths
 
     return depths.to_grey(depths.estimate(image, settings or Extract()))
+
+
+def keypoints(image: Array, place: Array | Box, settings: Extract | None = None) -> Array:
+    """The eleven parts of a bird, in the order of ``nabla_jax.data.skeleton.PARTS``.
+
+    Args:
+      image: [H, W, 3] uint8, upright.
+      place: its mask [H, W] bool, or its box (top, left, bottom, right).
+      settings: which head, and the DINOv2 that it was trained on.
+
+    Returns:
+      [11, 3] int32 (row, column, visible).
+
+    Raises:
+      UserError: a checkpoint is missing or of other parts; an empty mask.
+    """
+    from nabla_jax.extract import parts
+
+    return parts.find(image, place, settings or Extract())
 
 
 def caption(image: Array, names: Iterable[str] = (), settings: Extract | None = None, seed: int = 0) -> "Caption":

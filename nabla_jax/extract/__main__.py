@@ -1,11 +1,11 @@
-"""Makes the masks, depth maps and captions that a dataset folder lacks.
+"""Makes the masks, depth maps, captions and keypoints that a dataset folder lacks.
 
     python -m nabla_jax.extract --config configs/omk_depth.py
     python -m nabla_jax.extract --config configs/omk_depth.py --what masks --root data/nabirds --shard 0/4
 
-Needs the extra ``nabla_jax[extract]`` and the checkpoint folders of the configuration's section ``extract``. Without
---root, the folders of data.root and of the benchmarks. Continues where an earlier run stopped. Several processes take a
-shard each: --shard, or NABLA_PROCESS_INDEX and NABLA_PROCESS_COUNT.
+Needs the extra ``nabla_jax[extract]`` (but for keypoints) and the checkpoint folders of the configuration's section
+``extract``. Without --root, the folders of data.root and of the benchmarks. Continues where an earlier run stopped.
+Several processes take a shard each: --shard, or NABLA_PROCESS_INDEX and NABLA_PROCESS_COUNT.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
         add("--clips", action="store_true", help="a folder of pictures is a clip: depth by extract.clip_depth")
         add("--overwrite", action="store_true", help="delete what was made with other settings, and make it again")
 
-    config, options = configs.parse_command(argv, "Makes masks, depth maps and captions.", arguments)
+    config, options = configs.parse_command(argv, "Makes masks, depth maps, captions and keypoints.", arguments)
     chosen = work.needed(config) if options.what is None else tuple(options.what.split(","))
     unknown = [what for what in chosen if what not in work.TASKS]
     if unknown:
@@ -43,7 +43,14 @@ def main(argv: Sequence[str]) -> None:
     folders = [work.Folder.open(Path(root)) for root in roots]
     for folder in folders:
         for what in work.TASKS:
-            if what in chosen:
+            if what not in chosen:
+                continue
+            # Keypoints are looked for in the masks that may just have been made.
+            folder = work.Folder.open(folder.root) if what == "keypoints" else folder
+            if options.what is None and not options.overwrite and not folder.missing(what):
+                # Not asked for by name: whoever has all masks needs no checkpoint that makes them.
+                print(f"{folder.root}: {what}: none is missing", flush=True)
+            else:
                 work.extract(folder, what, config.extract, shard, overwrite=options.overwrite, clips=options.clips)
 
 

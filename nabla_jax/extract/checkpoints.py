@@ -1,4 +1,4 @@
-"""Local checkpoint folders of transformers: loading them whole, and naming exactly what was loaded."""
+"""Local checkpoint folders, most of them transformers': loading them whole, and naming exactly what was loaded."""
 
 import functools
 import hashlib
@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from nabla_jax import assets
 from nabla_jax.config import Extract
 from nabla_jax.errors import UserError
 from nabla_jax.hashing import file_sha256
@@ -15,20 +16,39 @@ OBTAIN = {
     "grounding_dino": "IDEA-Research/grounding-dino-base",
     "depth_anything": "depth-anything/Depth-Anything-V2-Small-hf",
     "captioner": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "dinov2": "facebook/dinov2-base",
 }
 """Field of ``Extract`` -> the repository on huggingface.co that its default folder is a copy of."""
+OWN = {"keypoints": "python -m nabla_jax.keypoints --config configs/keypoints.py"}
+"""Field of ``Extract`` -> the command that makes its default folder."""
+WITHOUT_TORCH = ("keypoints", "dinov2")
+"""Fields of ``Extract`` whose networks run in JAX."""
 
 _MODEL_FILES = (".bin", ".jinja", ".json", ".model", ".pt", ".safetensors", ".txt")
 
 
+def folder_of(settings: Extract, field: str) -> Path:
+    """The folder that a field of ``settings`` names, there or not. Raises UserError for an unknown asset."""
+    return assets.resolve(getattr(settings, field))
+
+
+def is_there(settings: Extract, *fields: str) -> bool:
+    """Whether the checkpoint folders of all ``fields`` are there."""
+    return all((folder_of(settings, field) / "config.json").is_file() for field in fields)
+
+
 def find(settings: Extract, field: str) -> Path:
-    """The checkpoint folder of a field of ``settings``. Raises UserError when it or torch is missing."""
-    folder = Path(getattr(settings, field))
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"extract.{field}: found no {folder / 'config.json'}, expected a checkpoint folder; `hf download "
-            f"{OBTAIN[field]} --local-dir {folder}` fetches one"
+    """The checkpoint folder of a field of ``settings``. Raises UserError when it, or torch for it, is missing."""
+    folder = folder_of(settings, field)
+    if not is_there(settings, field):
+        how = (
+            f"`{OWN[field]}` makes one"
+            if field in OWN
+            else f"`hf download {OBTAIN[field]} --local-dir {folder}` fetches one"
         )
+        raise UserError(f"extract.{field}: found no {folder / 'config.json'}, expected a checkpoint folder; {how}")
+    if field in WITHOUT_TORCH:
+        return folder
     if importlib.util.find_spec("torch") is None:
         raise UserError("extraction needs torch, which is not installed: pip install 'nabla_jax[extract]'")
     return folder

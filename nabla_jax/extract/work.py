@@ -1,6 +1,7 @@
 """Extraction for a whole dataset folder: cached files beside the data, provenance, shards, resumption.
 
-    masks/CLASS/FILE.png (mask/... in the iNaturalist layout), depth/..., captions.json (captions_short.json)
+    masks/CLASS/FILE.png (mask/... in the iNaturalist layout), depth/..., captions.json (captions_short.json),
+    keypoints.json
     extraction/masks.json               settings, checkpoints with their hashes, versions
     extraction/masks-0-of-1.jsonl       a row per picture that this process made, or could not make and why
 
@@ -24,32 +25,37 @@ import numpy as np
 
 from nabla_jax import draws, runs
 from nabla_jax.config import Config, Extract
-from nabla_jax.data import Dataset, Example, inaturalist, read_dataset
+from nabla_jax.data import Dataset, Example, inaturalist, keypoint_file, read_dataset
 from nabla_jax.data.dataset import control_file
 from nabla_jax.data.nabirds import read_captions
 from nabla_jax.errors import UserError
-from nabla_jax.extract import captions, checkpoints, depths, segmentation
+from nabla_jax.extract import captions, checkpoints, depths, parts, segmentation
 from nabla_jax.extract.wording import Wording
 from nabla_jax.images import read_rgb
+from nabla_jax.keypoints.crops import bird_box
 
 Array = np.ndarray[Any, Any]
-What = Literal["masks", "depth", "captions"]
+What = Literal["masks", "depth", "captions", "keypoints"]
 Row = dict[str, Any]
 
 SCHEMA = 1
 FOLDER = "extraction"
-TASKS: tuple[What, ...] = ("masks", "depth", "captions")
+TASKS: tuple[What, ...] = ("masks", "depth", "captions", "keypoints")
 CHECKPOINTS: dict[What, tuple[str, ...]] = {
     "masks": ("sam2", "grounding_dino"),
     "depth": ("depth_anything",),
     "captions": ("captioner",),
+    "keypoints": ("keypoints", "dinov2"),
 }
 SETTINGS: dict[What, tuple[str, ...]] = {
     "masks": ("text", "box_threshold", "text_threshold"),
     "depth": (),
     "captions": ("caption_prompt", "caption_tokens", "caption_retries"),
+    "keypoints": (),
 }
 """Task -> the fields of ``Extract`` that its files depend on."""
+LISTED: dict[What, str] = {"captions": "caption", "keypoints": "keypoints"}
+"""Task whose results go into one file for all pictures -> the field of a row that holds one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +107,13 @@ class Folder:
             return self.root.joinpath(name, *relative.parts[1:]).with_suffix(".png")
         return control_file(self.root, example.image, name)
 
+    def list_file(self, what: What) -> Path:
+        """The file that holds all captions or keypoints."""
+        return self.root / (self.captions if what == "captions" else keypoint_file.FILE)
+
     def missing(self, what: What) -> list[Example]:
-        """The examples without the file or caption, in the order of their ids."""
-        field = {"masks": "mask", "depth": "depth", "captions": "caption"}[what]
+        """The examples without the file, caption or keypoints, in the order of their ids."""
+        field = {"masks": "mask", "depth": "depth", "captions": "caption", "keypoints": "keypoints"}[what]
         return sorted((e for e in self.dataset.examples if getattr(e, field) is None), key=lambda e: e.id)
 
 
@@ -114,6 +124,8 @@ def needed(config: Config) -> tuple[What, ...]:
         found.append("depth")
     if config.conditioning.caption == "background":
         found.append("captions")
+    if "keypoints" in (config.conditioning.control, *config.data.controls):
+        found.append("keypoints")
     return tuple(found)
 
 
@@ -126,9 +138,10 @@ def complete(config: Config, root: str | os.PathLike[str], shard: Shard | None =
     """
     folder = Folder.open(root)
     for what in needed(config):
-        chosen = [Path(getattr(config.extract, name)) / "config.json" for name in CHECKPOINTS[what]]
-        if folder.missing(what) and chosen[0].is_file():
+        if folder.missing(what) and checkpoints.is_there(config.extract, CHECKPOINTS[what][0]):
             extract(folder, what, config.extract, shard)
+            # Keypoints are looked for in the masks that have just been made.
+            folder = Folder.open(root)
 
 
 def extract(
@@ -140,11 +153,11 @@ def extract(
     overwrite: bool = False,
     clips: bool = False,
 ) -> Counter[str]:
-    """Makes the missing masks, depth maps or captions of a dataset folder.
+    """Makes the missing masks, depth maps, captions or keypoints of a dataset folder.
 
     Args:
       folder: of the dataset.
-      what: masks, depth or captions.
+      what: masks, depth, captions or keypoints.
       settings: checkpoints, thresholds, prompt.
       shard: this process's part; all processes have the same settings and each its own shard.
       overwrite: whether files that were made with other settings are deleted first; allowed in a single process.
@@ -169,7 +182,7 @@ def extract(
         rows = runs.JsonLines(rows_file)
         todo, kept = _todo(folder, what, before, shard, clips)
         counts = Counter(kept=kept, made=0, failed=sum("reason" in row for row in rows.rows))
-        makers = {"masks": _make_mask, "depth": _make_depth, "captions": _make_caption}
+        makers = {"masks": _make_mask, "depth": _make_depth, "captions": _make_caption, "keypoints": _make_keypoints}
         groups = _clips(todo) if clips else [[example] for example in todo]
         context = _Context(folder, settings, Wording(_names(folder.dataset)) if what == "captions" else None)
         maker = _make_clip if clips else makers[what]
@@ -184,8 +197,8 @@ def extract(
                     bar.update(len(group))
         finally:
             rows.close()
-            if what == "captions":
-                _merge_captions(folder)
+            if what in LISTED:
+                _merge(folder, what)
     print(
         f"{folder.root}: {what}: {counts['made']} made, {counts['kept']} were there"
         + (f", {counts['failed']} failed: see {rows_file}" if counts["failed"] else ""),
@@ -237,6 +250,20 @@ def _make_caption(context: _Context, examples: Sequence[Example], pictures: Sequ
     found = captions.describe(pictures[0], context.wording, context.settings, draws.number(example.id))
     row = {"id": example.id, "caption": found.text, "attempts": found.attempts}
     yield row | ({"removed": list(found.removed)} if found.removed else {}), None
+
+
+def _make_keypoints(context: _Context, examples: Sequence[Example], pictures: Sequence[Array]) -> Made:
+    (example,) = examples
+    try:
+        box = bird_box(example)
+    except UserError as error:
+        raise segmentation.NotFound(str(error)) from error
+    found = parts.estimate(pictures[0], box, context.settings)
+    rows = keypoint_file.to_rows(parts.rounded(found, *pictures[0].shape[:2]))
+    yield (
+        {"id": example.id, "box": list(box), "keypoints": rows, "visible": [round(float(v), 4) for v in found[:, 2]]},
+        None,
+    )
 
 
 def _file_row(context: _Context, what: What, example: Example, pixels: Array, row: Row) -> tuple[Row, bytes]:
@@ -301,7 +328,7 @@ def _todo(folder: Folder, what: What, rows: Sequence[Row], shard: Shard, clips: 
         share = [example for example in everything if example.image.parent in mine]
     else:
         share = everything[shard.index :: shard.count]
-    settled = {row["id"] for row in rows if "reason" in row or "caption" in row}
+    settled = {row["id"] for row in rows if "reason" in row or LISTED.get(what, "") in row}
     missing = {example.id for example in folder.missing(what)}
     todo = [example for example in share if example.id in missing - settled]
     if clips:
@@ -338,6 +365,8 @@ def _settings(folder: Folder, what: What, settings: Extract, clips: bool) -> dic
     """What the files depend on. Raises UserError when torch or a checkpoint is missing."""
     if clips:
         return {"schema": SCHEMA, "settings": {"clip_depth": settings.clip_depth}, "checkpoints": {}}
+    if what == "keypoints":
+        parts.check(settings, folder.dataset)
     used = list(CHECKPOINTS[what])
     if what == "masks" and all(example.box is not None for example in folder.dataset.examples):
         used.remove("grounding_dino")
@@ -365,7 +394,8 @@ def _claim(folder: Folder, what: What, wanted: dict[str, Any], overwrite: bool, 
         _delete(folder, what)
     deleted = found is not None and not path.is_file()
     if found is None or deleted:
-        runs.write_json(path, {**wanted, "environment": runs.environment() | {"torch": _versions()}})
+        torch = {} if what == "keypoints" else {"torch": _versions()}
+        runs.write_json(path, {**wanted, "environment": runs.environment() | torch})
     return deleted
 
 
@@ -392,23 +422,34 @@ def _delete(folder: Folder, what: What) -> None:
         file = folder.root / row.get("file", "")
         if "file" in row and file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == row["sha256"]:
             file.unlink()
-    if what == "captions":
-        path = folder.root / folder.captions
-        made = {row["id"]: row.get("caption") for row in rows}
-        kept = {id: text for id, text in read_captions(path).items() if made.get(id) != text}
-        runs.write_json(path, kept)
+    if what in LISTED:
+        made = {row["id"]: row.get(LISTED[what]) for row in rows}
+        kept = {id: value for id, value in _read_list(folder, what).items() if made.get(id) != value}
+        _write_list(folder, what, kept)
     # The sidecar goes first: killed half-way, the next run makes the rest again.
     for file in (place / f"{what}.json", *place.glob(f"{what}-*-of-*.jsonl")):
         file.unlink(missing_ok=True)
 
 
-def _merge_captions(folder: Folder) -> None:
-    """Writes the captions of all processes into the dataset's file, beside those that were there."""
-    path = folder.root / folder.captions
-    with (folder.root / FOLDER / ".captions.lock").open("w") as handle:
+def _merge(folder: Folder, what: What) -> None:
+    """Writes what all processes made into the dataset's file, beside what was there."""
+    with (folder.root / FOLDER / f".{what}.lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        found = read_captions(path)
-        made = {row["id"]: row["caption"] for row in _rows(folder.root / FOLDER, "captions") if "caption" in row}
+        found = _read_list(folder, what)
+        field = LISTED[what]
+        made = {row["id"]: row[field] for row in _rows(folder.root / FOLDER, what) if field in row}
         merged = made | found
         if merged != found:
-            runs.write_json(path, dict(sorted(merged.items())))
+            _write_list(folder, what, dict(sorted(merged.items())))
+
+
+def _read_list(folder: Folder, what: What) -> dict[str, Any]:
+    path = folder.list_file(what)
+    return dict(read_captions(path) if what == "captions" else keypoint_file.read(path))
+
+
+def _write_list(folder: Folder, what: What, values: dict[str, Any]) -> None:
+    if what == "captions":
+        runs.write_json(folder.list_file(what), values)
+    else:
+        keypoint_file.write(folder.list_file(what), values)

@@ -1,4 +1,5 @@
-"""Networks that judge birds: DINOv2, SigLIP and LPIPS as functions of pictures, batched over this process's devices.
+"""Networks that judge birds: DINOv2, SigLIP, LPIPS and keypoints as functions of pictures, batched over this process's
+devices.
 
 A picture becomes a ``Description``, arrays by name:
 
@@ -6,6 +7,9 @@ A picture becomes a ``Description``, arrays by name:
   class token and SigLIP's pooled vector
 - ``dinov2_box``, ``siglip_box`` [D]: the same of the cut-out bird, resized to the network's input and not cropped
 - ``patches`` [n, D] float16: unit vectors of the cut-out's n foreground patches, of the SigLIP (2) of ``patches``
+
+- ``keypoints`` [P, 3] float32: (row, column, probability of being visible) of the parts, in pixels of the picture,
+  found in a square round the bird's box, background kept: a silhouette would give the pose away
 
 LPIPS compares two pictures directly. Everything is computed in float32.
 """
@@ -19,17 +23,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nabla_jax import assets
 from nabla_jax import config as configs
 from nabla_jax.checkpoints import transformers_folder
+from nabla_jax.conditioning.geometry import Box
 from nabla_jax.errors import UserError
 from nabla_jax.hashing import file_sha256
+from nabla_jax.keypoints import crops
 from nabla_jax.metrics.birds import MaskedBird, patch_shares
 from nabla_jax.metrics.patches import foreground_patches
 from nabla_jax.metrics.preprocessing import ImageProcessor, lpips_pixels
 from nabla_jax.models import layers
+from nabla_jax.models.keypoint_head import KeypointHeadConfig
 from nabla_jax.models.lpips import MIN_SIDE
 from nabla_jax.parallel import mesh as meshes
 
@@ -40,6 +48,8 @@ WHOLE = ("dinov2", "siglip")
 BOX = ("dinov2_box", "siglip_box")
 PATCHES = "patches"
 ALL = (*WHOLE, *BOX, PATCHES)
+"""The arrays of birds on black ground."""
+KEYPOINTS = "keypoints"
 
 _LOADERS = {"dinov2": transformers_folder.load_dinov2, "siglip": transformers_folder.load_siglip}
 
@@ -47,13 +57,46 @@ _LOADERS = {"dinov2": transformers_folder.load_dinov2, "siglip": transformers_fo
 @dataclasses.dataclass(frozen=True)
 class Encoder:
     """A vision transformer with its processor; ``run`` takes [batch, 3, h, w] float32 to pooled [batch, D] and
-    patches [batch, N, D].
+    patches [batch, N, D], which stay on the devices.
     """
 
-    run: Callable[[Array], tuple[Array, Array]]
+    run: Callable[[Array], tuple[Array, jax.Array]]
     whole: ImageProcessor
     box: ImageProcessor
     grid: tuple[int, int]  # patches of a cut-out
+
+
+@dataclasses.dataclass(frozen=True)
+class Detector:
+    """A keypoint head on its DINOv2; ``run`` takes crops [batch, 3, S, S] float32 to [batch, P, 3] (row, column from 0
+    to 1, probability of being visible).
+    """
+
+    run: Callable[[Array], Array]
+    processor: ImageProcessor
+    config: KeypointHeadConfig
+    batch: int
+
+    def __call__(self, pictures: Sequence[Array], boxes: Sequence[Box]) -> Array:
+        """The keypoints of birds in ``boxes`` (top, left, bottom, right) of pictures [H, W, 3] uint8 of any sizes.
+
+        Returns [n, P, 3] float32: (row, column) in pixels of the picture, probability of being visible.
+        """
+        found = np.zeros((len(pictures), len(self.config.parts), 3), np.float32)
+        for part in _slices(len(pictures), self.batch):
+            given = list(zip(pictures[part], boxes[part], strict=True))
+            places = [
+                crops.place(box, picture.shape[0], picture.shape[1], self.config.margin, self.config.image_size)
+                for picture, box in given
+            ]
+            pixels = self.processor(
+                [crops.cut(picture, place) for (picture, _), place in zip(given, places, strict=True)]
+            )
+            values = self.run(_padded(pixels, self.batch))[: len(given)]
+            found[part] = values
+            for row, place in zip(found[part], places, strict=True):
+                row[:, :2] = crops.to_picture(row[:, :2], place)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +111,7 @@ class Networks:
     siglip: Encoder | None
     patches: Encoder | None
     lpips: Callable[[Array, Array, Array], Array] | None
+    keypoints: Detector | None
     batch: int
     box: ImageProcessor
     fingerprint: str
@@ -88,16 +132,22 @@ def load_networks(metrics: configs.Metrics) -> Networks | None:
     mesh = meshes.data_mesh(devices)
     encoders: dict[Path, Encoder] = {}
     for name, folder in folders.items():
-        if name != "lpips" and folder not in encoders:
-            encoders[folder] = _load_encoder(folder, "dinov2" if name == "dinov2" else "siglip", mesh)
+        if name in ("dinov2", "siglip", "patches") and folder not in encoders:
+            encoders[folder] = load_encoder(folder, "dinov2" if name == "dinov2" else "siglip", mesh)
     found = {name: encoders.get(folder) for name, folder in folders.items()}
     lpips = _load_lpips(folders["lpips"], mesh) if "lpips" in folders else None
+    batch = -(-metrics.batch // len(devices)) * len(devices)
+    keypoints = None
+    if "keypoints" in folders:
+        _require_dinov2(metrics)
+        keypoints = _load_head(folders["keypoints"], folders["dinov2"], encoders[folders["dinov2"]], mesh, batch)
     return Networks(
         found.get("dinov2"),
         found.get("siglip"),
         found.get("patches"),
         lpips,
-        batch=-(-metrics.batch // len(devices)) * len(devices),
+        keypoints,
+        batch=batch,
         box=ImageProcessor((metrics.box, metrics.box)),
         fingerprint=fingerprint(metrics),
     )
@@ -118,11 +168,55 @@ def check_networks(metrics: configs.Metrics) -> None:
     for name, path in metrics.folders.items():
         folder = assets.resolve(path)
         transformers_folder.check_network(folder, "siglip" if name == "patches" else name)
-        if name != "lpips":
+        if name == "keypoints":
+            _require_dinov2(metrics)
+            transformers_folder.check_keypoint_head(folder, assets.resolve(metrics.dinov2))
+        elif name != "lpips":
             ImageProcessor.from_json(folder / "preprocessor_config.json")
 
 
-def _load_encoder(folder: Path, name: str, mesh: jax.sharding.Mesh) -> Encoder:
+def _require_dinov2(metrics: configs.Metrics) -> None:
+    if not metrics.dinov2:
+        raise UserError(
+            f"metrics.dinov2: found nothing, expected the folder of the DINOv2 that metrics.keypoints "
+            f"({metrics.keypoints}) was trained on"
+        )
+
+
+def load_detector(folder: Path, dinov2: Path, batch: int = 1) -> Detector:
+    """A keypoint head and its DINOv2 alone, on one device. Raises UserError for what does not fit."""
+    mesh = meshes.data_mesh(jax.local_devices()[:1])
+    return _load_head(folder, dinov2, load_encoder(dinov2, "dinov2", mesh), mesh, batch)
+
+
+def _load_head(folder: Path, dinov2: Path, encoder: Encoder, mesh: jax.sharding.Mesh, batch: int) -> Detector:
+    head = transformers_folder.load_keypoint_head(folder, dinov2, sharding=meshes.replicated(mesh))
+    find = finder(head.graphdef, encoder)
+    return Detector(lambda pixels: find(head.params, pixels), processor_at(encoder, head.config), head.config, batch)
+
+
+def processor_at(encoder: Encoder, config: KeypointHeadConfig) -> ImageProcessor:
+    """The DINOv2's own processor for the head's crops."""
+    return dataclasses.replace(encoder.whole, size=(config.image_size, config.image_size), crop=None)
+
+
+def finder(graphdef: Any, encoder: Encoder) -> Callable[[layers.Params, Array], Array]:
+    """(parameters of a head, crops [batch, 3, S, S]) -> what ``Detector.run`` gives."""
+
+    @jax.jit
+    def apply(params: layers.Params, patches: jax.Array, pixels: jax.Array) -> jax.Array:
+        found = layers.bind(graphdef, params)(patches, pixels)
+        return jnp.concatenate([found.positions, jax.nn.sigmoid(found.visible)[..., None]], axis=-1)
+
+    def run(params: layers.Params, pixels: Array) -> Array:
+        with jax.default_matmul_precision("highest"):
+            return np.asarray(apply(params, encoder.run(pixels)[1], pixels))
+
+    return run
+
+
+def load_encoder(folder: Path, name: str, mesh: jax.sharding.Mesh) -> Encoder:
+    """The vision transformer in ``folder``, of the kind ``dinov2`` or ``siglip``, on the devices of ``mesh``."""
     network = _LOADERS[name](folder, sharding=meshes.replicated(mesh))
     whole = ImageProcessor.from_json(folder / "preprocessor_config.json")
     size = whole.crop or ((whole.size, whole.size) if isinstance(whole.size, int) else whole.size)
@@ -132,7 +226,7 @@ def _load_encoder(folder: Path, name: str, mesh: jax.sharding.Mesh) -> Encoder:
         features = layers.bind(network.graphdef, params)(pixels)
         return features.pooled, features.patches
 
-    def run(pixels: Array) -> tuple[Array, Array]:
+    def run(pixels: Array) -> tuple[Array, jax.Array]:
         # Accelerators would multiply float32 in fewer bits by themselves.
         with jax.default_matmul_precision("highest"):
             pooled, patches = apply(network.params, meshes.put_batch(pixels, mesh))

@@ -20,11 +20,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from nabla_jax import runs
+from nabla_jax.conditioning.geometry import Box, mask_box
 from nabla_jax.errors import UserError
 from nabla_jax.images import resize
 from nabla_jax.metrics import networks as nets
-from nabla_jax.metrics import patches, retrieval
+from nabla_jax.metrics import patches, pose, retrieval
 from nabla_jax.metrics.birds import MaskedBird, masked_bird, masked_pair
+from nabla_jax.metrics.references import stretch
 from nabla_jax.parallel import processes
 
 Array = np.ndarray[Any, Any]
@@ -40,7 +42,8 @@ class Case:
     """A generated picture, read or drawn when it is needed, and the real ones it is compared with.
 
     ``picture`` gives uint8 [H, W, 3]; ``galleries`` are class id -> ids of real pictures, ``class_id`` among them, or
-    empty where the bird's class has no sibling.
+    empty where the bird's class has no sibling. ``keypoints`` [P, 3] (row, column, visible) are the target's, annotated
+    or found, in its pixels; None where there are none to compare with.
     """
 
     pair: str
@@ -49,6 +52,7 @@ class Case:
     class_id: int
     picture: Callable[[], Array]
     galleries: Mapping[int, Sequence[str]]
+    keypoints: Array | None = dataclasses.field(default=None, compare=False)
 
 
 Reader = Callable[[str], tuple[Array, Array]]
@@ -63,15 +67,19 @@ def describe_real(
     fingerprint: Callable[[str], str],
     cache: Path,
 ) -> dict[str, nets.Description]:
-    """Descriptions of real birds by id, with the arrays ``names``; birds without a foreground pixel are left out.
+    """Descriptions of real birds by id, with the arrays ``names`` (``keypoints`` too, where they are named); birds
+    without a foreground pixel are left out.
 
     Kept below ``cache`` by the networks' and the pictures' fingerprints: ``fingerprint`` is the hash of a picture and
     its mask. Raises UserError for a damaged file there.
     """
 
     def make(batch: Sequence[str]) -> Arrays:
-        shown = {id: bird for id in batch if (bird := _bird(*read(id))) is not None}
-        found = nets.describe(networks, list(shown.values()), names) if shown else []
+        shown = {id: (picture, mask) for id in batch for picture, mask in [read(id)] if mask.any()}
+        found = nets.describe(networks, [masked_bird(*pair) for pair in shown.values()], names) if shown else []
+        if shown and nets.KEYPOINTS in names and networks.keypoints is not None:
+            points = networks.keypoints([p for p, _ in shown.values()], [mask_box(m) for _, m in shown.values()])
+            found = [{**row, nets.KEYPOINTS: own} for row, own in zip(found, points, strict=True)]
         return _pack(dict(zip(shown, found, strict=True)))
 
     def key(batch: Sequence[str]) -> Any:
@@ -106,7 +114,8 @@ def score(
 
     def key(batch: Sequence[Case]) -> Any:
         galleries = [[case.pair, {str(c): list(ids) for c, ids in case.galleries.items()}] for case in batch]
-        return [networks.fingerprint, inputs, galleries]
+        found = [None if case.keypoints is None else case.keypoints.tolist() for case in batch]
+        return [networks.fingerprint, inputs, galleries, *([] if networks.keypoints is None else [found])]
 
     found: dict[str, dict[str, float | int]] = {}
     for arrays in _share(_batches(cases, networks.batch), make, key, cache, bar):
@@ -118,10 +127,13 @@ def _score_batch(
     networks: nets.Networks, cases: Sequence[Case], real: Mapping[str, nets.Description], read: Reader
 ) -> dict[str, dict[str, float | int]]:
     shown: list[tuple[Case, MaskedBird, MaskedBird, bool]] = []
+    posed: list[tuple[Case, Array, Box]] = []
     for case, (generated, target, mask) in zip(cases, _read_ahead(cases, read), strict=True):
         pair = masked_pair(generated, target, mask) if _left(generated, mask) else None
         if pair is not None and case.subject_id in real and case.target_id in real:
             shown.append((case, *pair, generated.shape == target.shape))
+            if case.keypoints is not None:
+                posed.append((case, stretch(generated, *mask.shape), mask_box(mask)))
     if not shown:
         return {}
     made = nets.describe(networks, [bird for _, bird, _, _ in shown])
@@ -139,7 +151,23 @@ def _score_batch(
         ):
             for (case, *_), distance in zip(shown, distances, strict=True):
                 rows[case.pair][name] = float(distance)
+    for case, error in _pose_errors(networks, posed):
+        rows[case.pair] |= {"keypoint_distance": error.distance, "keypoint_rate": error.rate}
     return rows
+
+
+def _pose_errors(
+    networks: nets.Networks, posed: Sequence[tuple[Case, Array, Box]]
+) -> Iterator[tuple[Case, pose.PoseError]]:
+    """How far the generated birds' keypoints are from the targets'; pictures have the targets' sizes."""
+    if networks.keypoints is None or not posed:
+        return
+    found = networks.keypoints([picture for _, picture, _ in posed], [box for _, _, box in posed])
+    for (case, _, box), points in zip(posed, found, strict=True):
+        assert case.keypoints is not None
+        error = pose.keypoint_error(points, case.keypoints, max(box[2] - box[0], box[3] - box[1]))
+        if error is not None:
+            yield case, error
 
 
 def _compare(
@@ -163,10 +191,6 @@ def _compare(
             place = retrieval.rank(mine[RETRIEVAL], vectors, case.class_id)
             row |= {"retrieval_rank": place, "retrieval_classes": len(vectors)}
     return row
-
-
-def _bird(picture: Array, mask: Array) -> MaskedBird | None:
-    return masked_bird(picture, mask) if mask.any() else None
 
 
 def _left(generated: Array, mask: Array) -> bool:

@@ -37,11 +37,13 @@ FURTHER_METRICS = (
     "patch_recall",
     "retrieval_rate",
     "mask_iou",
+    "keypoint_distance",
+    "keypoint_rate",
 )
 ALL_METRICS = (*METRICS, *FURTHER_METRICS)
 # The published table's three beside RMSE; the rest would not fit on a line.
 PRINTED = (*METRICS, "lpips", "dinov2", "siglip")
-LOWER_IS_BETTER = frozenset({"rmse", "lpips", "lpips_box"})
+LOWER_IS_BETTER = frozenset({"rmse", "lpips", "lpips_box", "keypoint_distance"})
 BREAKDOWN_METRICS = (
     "rmse",
     "normalised_identity",
@@ -60,6 +62,8 @@ BOUNDS = {
     "normalised_identity": (-math.inf, 1.0),
     "normalised_identity_plumage": (-math.inf, 1.0),
     "identification_rate": (0.0, 1.0),
+    "keypoint_distance": (0.0, math.inf),
+    "keypoint_rate": (0.0, 1.0),
 }
 AREA_EDGES = (0.02, 0.05, 0.1, 0.2, 0.4)  # shares of the picture: between a bird far off and one that fills it
 
@@ -81,7 +85,8 @@ class PairScore:
     published evaluation does; ``*_box`` with both birds cut out; ``*_subject`` the cut-outs of the generated bird and
     the subject; ``patch_precision`` and ``patch_recall`` their foreground patches (``metrics.patches``).
     ``retrieval_rank`` is the place of the true class among ``retrieval_classes`` siblings (``metrics.retrieval``).
-    ``mask_iou`` compares the generated bird's mask, where there is one, with the target's.
+    ``mask_iou`` compares the generated bird's mask, where there is one, with the target's; ``keypoint_distance`` and
+    ``keypoint_rate`` the keypoints found in its picture with those visible in the target's (``metrics.pose``).
     """
 
     pair: str
@@ -118,6 +123,8 @@ class PairScore:
     retrieval_rank: int | None = None
     retrieval_classes: int | None = None
     mask_iou: float | None = None
+    keypoint_distance: float | None = None
+    keypoint_rate: float | None = None
 
 
 _TYPES = typing.get_type_hints(PairScore)

@@ -131,6 +131,23 @@ _LISTED = {
         Metric(
             "mask_iou", "mask IoU", "higher", 3, "overlap of the generated bird’s silhouette with the target’s", POSE
         ),
+        Metric(
+            "keypoint_distance",
+            "keypoint distance",
+            "lower",
+            3,
+            "mean distance of the generated bird’s keypoints, as a network finds them, from those visible in the "
+            "target, over the longer side of its box; the row copy-target shows the network’s own error",
+            POSE,
+        ),
+        Metric(
+            "keypoint_rate",
+            "keypoints in place",
+            "higher",
+            3,
+            "share of those keypoints that are at most a tenth of the box’s longer side away (PCK at 0.1)",
+            POSE,
+        ),
         Metric("rank", "place of the species", "lower", 0, "the right species’ among those rendered", IDENTITY),
         Metric("retrieval_rank", "place in retrieval", "lower", 0, "the true class’s among its siblings", IDENTITY),
         Metric("pixels", "bird’s pixels", "", 0, "pixels of the target’s mask"),

@@ -115,6 +115,16 @@ def test_patch_matching_by_hand():
     assert patches.match(subject, subject[::-1]) == (1, 1)  # wherever they are
 
 
+def test_keypoint_error_by_hand():
+    """Mean over the parts that the target shows; a tenth of the side still counts as found."""
+    target = np.array([[10, 10, 1], [20, 5, 1], [0, 0, 0], [7, 7, 1]])
+    generated = np.array([[10, 10, 0.1], [20, 9, 0.9], [99, 99, 0.9], [10, 3, 0.0]])
+    found = pose.keypoint_error(generated, target, 40)
+    assert found.distance == pytest.approx((0 + 4 + 5) / 3 / 40) and found.rate == pytest.approx(2 / 3)
+    assert pose.keypoint_error(target, target, 40) == pose.PoseError(0.0, 1.0)
+    assert pose.keypoint_error(generated, np.zeros((4, 3)), 40) is None
+
+
 def test_retrieval_counts_ties_against_the_picture():
     query = np.array([1.0, 0.0])
     near, far = np.array([[1.0, 0.0], [0.6, 0.8]]), np.array([[0.0, 1.0]])
