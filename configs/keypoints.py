@@ -7,7 +7,7 @@ measured: an accelerator with 16 GB and some hours, most of them spent on decodi
 
 `configs/keypoints.py:toy` trains the head of the embedded world, `nabla_jax/assets/toy-keypoints`, on
 `data/keypoints-world`, which `python -m nabla_jax.toybirds --out data/keypoints-world --seed 950 --images 12000
---orders 40` writes (two minutes on two cores): no benchmark's world. About 15 minutes on two cores.
+--orders 40` writes (two minutes on two cores): no benchmark's world. Ten minutes of CPU time.
 """
 
 from ml_collections import ConfigDict

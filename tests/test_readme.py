@@ -11,6 +11,7 @@ import pytest
 
 import nabla_jax
 from nabla_jax import config as configs
+from nabla_jax.keypoints.__main__ import KeypointsConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,7 +46,9 @@ def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for word in words:
         if word.startswith("--") and not word.startswith("--config."):
             assert re.search(rf"{re.escape(word.partition('=')[0])}\b", text), word
-    if "--config" in words and module != "nabla_jax.pretrain":
+    if module == "nabla_jax.keypoints":
+        configs.load_as(KeypointsConfig, words[words.index("--config") + 1])
+    elif "--config" in words and module != "nabla_jax.pretrain":
         configs.load(words[words.index("--config") + 1])
 
 

@@ -24,7 +24,7 @@ from nabla_jax import assets, runs
 from nabla_jax import config as configs
 from nabla_jax.checkpoints import transformers_folder
 from nabla_jax.conditioning.geometry import Box
-from nabla_jax.data import read_dataset, skeleton
+from nabla_jax.data import keypoint_file, read_dataset, skeleton
 from nabla_jax.data.dataset import Dataset, Example
 from nabla_jax.errors import UserError
 from nabla_jax.keypoints import crops, training
@@ -158,10 +158,22 @@ def check(config: KeypointsConfig) -> tuple[Dataset, KeypointHeadConfig]:
 
 
 def _annotated(dataset: Dataset, split: str) -> list[Example]:
-    """The examples of a split on which a part is visible. Raises UserError if there are none."""
-    found = [e for e in dataset.of_split(split) if e.keypoints is not None and e.keypoints[:, 2].any()]
+    """The examples of a split on which a part was annotated as visible. Raises UserError if there are none.
+
+    What a head found before (keypoints.json) is no annotation: a head must not learn its own mistakes.
+    """
+    guessed = keypoint_file.read(dataset.root / keypoint_file.FILE)
+    found = [
+        example
+        for example in dataset.of_split(split)
+        if example.keypoints is not None
+        and example.keypoints[:, 2].any()
+        and not (
+            example.id in guessed and np.array_equal(keypoint_file.from_rows(guessed[example.id]), example.keypoints)
+        )
+    ]
     if not found:
-        raise UserError(f"{dataset.root}: found no picture of split {split} with a visible keypoint, expected some")
+        raise UserError(f"{dataset.root}: found no picture of split {split} with an annotated keypoint, expected some")
     return sorted(found, key=lambda e: e.id)
 
 

@@ -7,7 +7,9 @@ import pytest
 
 from benchmarks import keypoints as bench
 from nabla_jax import assets
+from nabla_jax import config as configs
 from nabla_jax.data.skeleton import PARTS
+from nabla_jax.keypoints.__main__ import KeypointsConfig
 from nabla_jax.keypoints.crops import mirror_order
 from nabla_jax.metrics.networks import Detector, load_detector
 
@@ -24,8 +26,12 @@ def world(seed: int) -> tuple[list[bench.Shot], list[bench.Shot]]:
     return bench.draw_world(seed, limit=40)
 
 
-def test_the_folder_is_small():
+def test_the_folder_is_small_and_of_its_recipe():
     assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 1e6
+    recipe = configs.load_as(KeypointsConfig, "configs/keypoints.py:toy")
+    found = detector().config
+    assert {k: getattr(found, k) for k in vars(recipe.head)} == vars(recipe.head)
+    assert f"{recipe.training.steps} steps of {recipe.training.batch} crops" in (FOLDER / "README.md").read_text()
 
 
 @pytest.mark.parametrize("seed", [0, 7461])

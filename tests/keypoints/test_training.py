@@ -17,6 +17,7 @@ import pytest
 
 from nabla_jax import assets, runs
 from nabla_jax.checkpoints import transformers_folder
+from nabla_jax.data import keypoint_file
 from nabla_jax.errors import UserError
 from nabla_jax.keypoints import __main__ as command
 from nabla_jax.keypoints import crops, training
@@ -133,6 +134,21 @@ def test_what_does_not_fit_is_told_before_training(trained, tmp_path):
     file.write_text(f"def get_config(arg):\n    return {json.dumps({'output': 'a', 'batsh': 1})}\n")
     with pytest.raises(UserError, match="unknown key batsh"):
         command.main(["--config", str(file)])
+
+
+def test_what_a_head_found_is_no_annotation(tmp_path):
+    root = Path(shutil.copytree(world() / "nabirds", tmp_path / "nabirds"))
+    dataset, _ = command.check(config(tmp_path, root=str(root)))
+    examples = command._annotated(dataset, "train")
+    path = root / "parts" / "part_locs.txt"
+    lost = {e.id for e in examples[:5]}
+    kept = [line for line in path.read_text().splitlines(keepends=True) if line.split()[0] not in lost]
+    path.write_text("".join(kept))
+    found = {e.id: keypoint_file.to_rows(e.keypoints + 1) for e in dataset.examples}
+    keypoint_file.write(root / "keypoints.json", found)
+    dataset, _ = command.check(config(tmp_path, root=str(root)))
+    assert all(dataset.by_id[id].keypoints is not None for id in lost)
+    assert [e.id for e in command._annotated(dataset, "train")] == [e.id for e in examples[5:]]
 
 
 def test_parts_that_a_crop_leaves_out_do_not_count(trained):
