@@ -85,6 +85,21 @@ def check_network(folder: StrPath, name: str) -> None:
     check_tree(folder, abstract, part.table, stacked=part.stacked)
 
 
+def check_redux(folder: StrPath, width: int) -> None:
+    """Raises UserError unless the folder holds a FLUX.1-Redux whose tokens are ``width`` wide; reads no weights."""
+    folder = Path(folder)
+    for name, part in REDUX.items():
+        config = _config(folder / name, part)
+        _, abstract = layers.abstract(lambda rngs, m=part.model, c=config: m(c, rngs=rngs))
+        check_tree(folder / name, abstract, part.table, stacked=part.stacked)
+    redux.ReduxConfig(**{name: _config(folder / name, part) for name, part in REDUX.items()}).check(str(folder))
+    if config.txt_in_features != width:
+        raise UserError(
+            f"{folder}/image_embedder/config.json: txt_in_features: found {config.txt_in_features}, expected {width}, "
+            "the joint_attention_dim of the base"
+        )
+
+
 def save_network(
     folder: StrPath, name: str, config: Any, params: layers.Params, *, dtype: DTypeLike | None = None
 ) -> None:
