@@ -24,6 +24,7 @@ from nabla_jax.conditioning.masks import repaint_mask
 from nabla_jax.conditioning.text import PromptEncoder, load_text_stack, make_prompt_encoder
 from nabla_jax.config import Conditioning, Config, Sample
 from nabla_jax.data import controls
+from nabla_jax.diptychs import DiptychEncoder
 from nabla_jax.errors import UserError
 from nabla_jax.hashing import file_sha256
 from nabla_jax.models import flux, layers
@@ -90,7 +91,7 @@ class Reposer:
     decode: Callable[[layers.Params, jax.Array], jax.Array]
     control_path: Path | None = None
     control_sha256: str | None = None
-    diptychs: diptychs.Encoder | None = None
+    diptychs: DiptychEncoder | None = None
 
     def repose(
         self,
@@ -180,7 +181,7 @@ class Reposer:
         return [(c[2].invert(image), c[2]) for image, c in zip(images, canvases, strict=False)]
 
     def _repose_diptychs(
-        self, jobs: Sequence[Job], sample: Sample, encoder: diptychs.Encoder
+        self, jobs: Sequence[Job], sample: Sample, encoder: DiptychEncoder
     ) -> list[tuple[Array, Placement]]:
         size, numbers = self.conditioning.size, _numbers(jobs, sample.batch)
         halves, placements, masks = [], [], []
@@ -286,7 +287,7 @@ def load(
         metadata = adapter_files.read_metadata(adapter_path)
         check_adapter(adapter_path, metadata, folder, base_sha256, conditioning)
     conditioning = conditioning or _conditioning(metadata, adapter_path)
-    pipeline.check_channels(folder, conditioning.method)
+    pipeline.check_channels(folder, method_name(conditioning))
     redux_path = find_redux(redux, metadata, adapter_path) if conditioning.method == "insert" else None
     if redux_path is not None and control_adapter is not None:
         raise UserError(f"{control_adapter}: method insert has no control with an adapter of its own, expected none")
@@ -381,8 +382,16 @@ def make_method(
         remat=remat,
         control_adapter=control_adapter,
         kontext=kontext,
-        name="insert" if conditioning.method == "insert" else "omini",
+        name=method_name(conditioning),
     )
+
+
+def method_name(conditioning: Conditioning) -> reposing.Name:
+    """``conditioning.method``. Raises UserError for an unknown one."""
+    names: dict[str, reposing.Name] = {"omini": "omini", "insert": "insert"}
+    if conditioning.method not in names:
+        raise UserError(f"conditioning.method: found {conditioning.method!r}, expected {' or '.join(names)}")
+    return names[conditioning.method]
 
 
 def make_encoder(vae: pipeline.Component) -> Callable[[layers.Params, jax.Array], jax.Array]:
@@ -444,9 +453,10 @@ def check_adapter(
     check_base(path, metadata, base, base_sha256)
     if conditioning is None or not metadata.size:
         return
-    fields = ["control", "caption", "prompt", "text_length", "size", "independent_conditions"]
     if metadata.method == "insert":
-        fields += ["masks", "expansion", "window"]
+        fields = ["text_length", "size", "masks", "expansion", "window"]
+    else:
+        fields = ["control", "caption", "prompt", "text_length", "size", "independent_conditions"]
     if metadata.control == "keypoints":
         fields += ["skeleton", "dot", "line"]
     for field in fields:

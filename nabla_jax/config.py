@@ -577,7 +577,7 @@ def check_inputs(config: Config, verb: Verb, benchmarks: Sequence[str] | None = 
     wanted: list[str] = []
     if verb == "prepare" and config.conditioning.method == "insert":
         raise UserError(
-            f"{config.source or 'configuration'}: conditioning.method: insert encodes its pictures when they are drawn: "
+            f"{config.source or 'configuration'}: conditioning.method: insert encodes pictures when they are drawn: "
             "there is nothing to prepare, train at once"
         )
     if verb in ("prepare", "train", "generate"):
@@ -588,6 +588,8 @@ def check_inputs(config: Config, verb: Verb, benchmarks: Sequence[str] | None = 
     reads = config.data.mode == "precomputed"
     if verb == "prepare" or (verb == "train" and not (reads and prepared.is_file())):
         wanted += _data_problem(config)
+    if verb == "train":
+        wanted += _start_problem(config)
     if verb in ("generate", "evaluate"):
         wanted += _benchmark_problems(config, benchmarks)
     if verb == "evaluate":
@@ -642,6 +644,17 @@ def _base_problem(config: Config) -> list[str]:
     if config.conditioning.method == "insert" and not (redux / "image_encoder" / "config.json").is_file():
         problems.append(f"FLUX.1-Redux (base.redux: found no {redux}/image_encoder/config.json)")
     return [f"{problem}: {config.base.obtain}" if config.base.obtain else problem for problem in problems]
+
+
+def _start_problem(config: Config) -> list[str]:
+    from nabla_jax import assets
+
+    path = assets.resolve(config.lora.start)
+    # A run that has begun goes on from its own checkpoint.
+    if not config.lora.start or path.exists() or (Path(config.train.workdir) / "checkpoints").is_dir():
+        return []
+    obtain = f": {config.base.obtain}" if config.base.obtain else ""
+    return [f"the adapter to begin with (lora.start: found nothing at {path}, lora.start= begins afresh){obtain}"]
 
 
 def _data_problem(config: Config) -> list[str]:

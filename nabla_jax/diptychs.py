@@ -33,7 +33,7 @@ KEYS = ("subject", "target", "repaint", "sample")
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoder:
+class DiptychEncoder:
     """The frozen networks of a diptych, made by ``load_encoder``.
 
     Attributes:
@@ -101,7 +101,7 @@ def pictures_per_call(rows: int, size: int, devices: int) -> int:
 
 def load_encoder(
     base: Path, redux: str | os.PathLike[str], text_length: int, mesh: Mesh, dtype: str, vae: pipeline.Component
-) -> Encoder:
+) -> DiptychEncoder:
     """The encoder for a FLUX.1-Fill folder and a FLUX.1-Redux folder (or ``asset:NAME``).
 
     Args:
@@ -122,7 +122,7 @@ def load_encoder(
     side = loaded.config.image_encoder.image_size
     processor = ImageProcessor.from_json(described) if described.is_file() else ImageProcessor.siglip(side)
     run = make_run(vae, loaded, config, text_length)
-    return Encoder(vae, loaded, processor, mesh, run, folder, weights_hash(folder))
+    return DiptychEncoder(vae, loaded, processor, mesh, run, folder, weights_hash(folder))
 
 
 def weights_hash(folder: Path) -> str:
@@ -133,9 +133,10 @@ def weights_hash(folder: Path) -> str:
 def make_run(
     vae: pipeline.Component, redux: pipeline.Component, config: flux.FluxConfig, text_length: int
 ) -> Callable[..., DeviceBatch]:
-    """Compiled: (vae parameters, redux parameters, batch) -> batch, see ``Encoder``.
+    """Compiled: (vae parameters, redux parameters, batch) -> batch, see ``DiptychEncoder``.
 
-    The incoming batch has beside ``Encoder``'s keys ``seen`` [B, 3, H, W] float32, the subjects as Redux sees them.
+    The incoming batch has, beside what ``DiptychEncoder`` takes, ``seen`` [B, 3, H, W] float32: the subjects as Redux
+    sees them.
     """
     settings: AutoencoderKLConfig = vae.config
 

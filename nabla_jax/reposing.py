@@ -185,9 +185,8 @@ def loss(
     time = jax.vmap(lambda key: flow.logit_normal_time(key, mean=time_mean))(draws.keys(seed, numbers, draws.TIME))
     weight = None if foreground_weight == 1 else flow.foreground_weight(batch["mask"], foreground_weight)
     text = (batch["prompt_embeds"], batch["pooled"])
-    return path_loss(
-        method, base, adapters, (x0, x1), time, shown(method, batch, seed), text, guidance, _grid(batch["target"]), weight
-    )
+    pictures, grid = shown(method, batch, seed), _grid(batch["target"])
+    return path_loss(method, base, adapters, (x0, x1), time, pictures, text, guidance, grid, weight)
 
 
 def path_loss(

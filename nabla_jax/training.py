@@ -20,6 +20,7 @@ from nabla_jax.checkpoints import pipeline
 from nabla_jax.config import Config, resolve_base
 from nabla_jax.data import loader as loaders
 from nabla_jax.data.pictures import captions_sha256
+from nabla_jax.diptychs import DiptychEncoder
 from nabla_jax.errors import UserError
 from nabla_jax.images import write_image
 from nabla_jax.models import flux, layers, lora
@@ -94,7 +95,7 @@ class Input:
     config: Config
     source: loaders.Source
     encode: loaders.Encode | None = None
-    diptychs: diptychs.Encoder | None = None
+    diptychs: DiptychEncoder | None = None
 
     def batches(self, batch: int, seed: int, part: tuple[int, int] = (0, 1)) -> loaders.Loader:
         """Batches of ``batch`` pairs, of which process i of ``part`` = (i, n) gets its share."""
@@ -242,9 +243,7 @@ def exported(state: State, config: Config) -> dict[str, layers.Params]:
     return adapters
 
 
-def device_batch(
-    batch: Mapping[str, Any], mesh: Mesh, encoder: diptychs.Encoder | None = None
-) -> dict[str, jax.Array]:
+def device_batch(batch: Mapping[str, Any], mesh: Mesh, encoder: DiptychEncoder | None = None) -> dict[str, jax.Array]:
     """A loader's batch on the mesh, cut along its leading axis; pairs of pictures are encoded on the way."""
     if encoder is not None:
         return encoder(batch)
@@ -328,7 +327,7 @@ def adapter_metadata(config: Config, step: int, base_sha256: str) -> adapter_fil
         independent_conditions=config.conditioning.independent_conditions,
         applies_to=api.APPLIES_TO[config.conditioning.method],
         step=step,
-        method=config.conditioning.method,
+        method=api.method_name(config.conditioning),
         **(api.diptych_metadata(config) if config.conditioning.method == "insert" else {}),
     )
 

@@ -10,6 +10,7 @@
 Every tensor of a file must have its place, except those that a model's module lists as unused.
 """
 
+import functools
 import os
 import re
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.typing import DTypeLike
 
 from nabla_jax.checkpoints.pipeline import Component, Part, load_model, save_model, write_json
@@ -90,7 +92,7 @@ def check_redux(folder: StrPath, width: int) -> None:
     folder = Path(folder)
     for name, part in REDUX.items():
         config = _config(folder / name, part)
-        _, abstract = layers.abstract(lambda rngs, m=part.model, c=config: m(c, rngs=rngs))
+        _, abstract = layers.abstract(functools.partial(_build, part, config))
         check_tree(folder / name, abstract, part.table, stacked=part.stacked)
     redux.ReduxConfig(**{name: _config(folder / name, part) for name, part in REDUX.items()}).check(str(folder))
     if config.txt_in_features != width:
@@ -153,6 +155,10 @@ def write_lpips(folder: StrPath, vgg: Mapping[str, Any], lin: Mapping[str, Any])
     folder = Path(folder)
     save_tree(unflatten({name: arrays[name] for name in expected}), folder / NETWORKS["lpips"].file)
     write_json(folder / "config.json", config.to_json())
+
+
+def _build(part: Part, config: Any, rngs: nnx.Rngs) -> nnx.Module:
+    return part.model(config, rngs=rngs)
 
 
 def _config(path: Path, part: Part) -> Any:
