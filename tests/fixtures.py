@@ -40,10 +40,11 @@ def random_params(make: Callable[[nnx.Rngs], nnx.Module], rng: np.random.Generat
     return jax.tree_util.tree_map_with_path(draw, layers.abstract(make)[1])
 
 
-def write_base(folder: Path, seed: int = 0, *, fill: bool = False) -> Path:
+def write_base(folder: Path, seed: int = 0, *, fill: bool = False, blocks: int = 2) -> Path:
     """A complete pipeline folder, FLUX.1-Kontext's structure at a very small width, weights drawn from ``seed``.
 
     With ``fill`` it is FLUX.1-Fill's: noisy latents, those of the masked picture and the mask are a token's channels.
+    ``blocks``: of each of the two kinds.
     """
     rng = np.random.default_rng(seed)
     text.write_tokenizers(folder, WORDS)
@@ -53,8 +54,8 @@ def write_base(folder: Path, seed: int = 0, *, fill: bool = False) -> Path:
         block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, sample_size=SIZE
     )
     transformer = flux.FluxConfig(
-        num_layers=2,
-        num_single_layers=2,
+        num_layers=blocks,
+        num_single_layers=blocks,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=16,
@@ -176,7 +177,7 @@ def insert_values(root: Path, **overrides: Any) -> dict[str, Any]:
 def insert_root() -> Path:
     """``prepared_root`` with ``fill``, ``redux`` and the run folder ``insert`` of four uninterrupted steps."""
     root = prepared_root()
-    write_base(root / "fill", fill=True)
+    write_base(root / "fill", fill=True, blocks=1)
     write_redux(root / "redux")
     train.main(["--config", str(write_values(insert_values(root), root / "insert.py"))])
     return root
