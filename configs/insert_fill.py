@@ -56,11 +56,11 @@ def get_config(arg: str = "") -> ConfigDict:
         # The subject's picture takes the text's place, after as many empty tokens.
         prompt="",
         method="insert",
-        masks=("silhouette", "dilated", "box", "bezier"),
+        mask_policies=("silhouette", "dilated", "box", "bezier"),
         expansion=(1.1, 1.4),
         window=0.0,
     )
-    config.sample.update(mask="silhouette", expansion=1.3, window=2.4)
+    config.sample.update(mask_policy="silhouette", expansion=1.3, window=2.4)
     config.lora.name = "insert_fill"
     config.train.workdir = config.train.workdir.replace("omk", "insert")
     return config

@@ -187,7 +187,7 @@ class Reposer:
         halves, placements, masks = [], [], []
         for job, number in zip(jobs, numbers, strict=False):
             rng = draws.generator(sample.seed, int(number), draws.REPAINT_MASK)
-            mask = repaint_mask(job.target_mask, sample.mask, rng)
+            mask = repaint_mask(job.target_mask, sample.mask_policy, rng)
             placement = controls.target_placement(job.target_mask, size, sample.window)
             subject = controls.subject_canvas(job.subject, job.subject_mask, size, sample.expansion)
             target = controls.target_canvas(job.target, size, placement)
@@ -454,7 +454,7 @@ def check_adapter(
     if conditioning is None or not metadata.size:
         return
     if metadata.method == "insert":
-        fields = ["text_length", "size", "masks", "expansion", "window"]
+        fields = ["text_length", "size", "mask_policies", "expansion", "window"]
     else:
         fields = ["control", "caption", "prompt", "text_length", "size", "independent_conditions"]
     if metadata.control == "keypoints":
@@ -514,10 +514,10 @@ def diptych_metadata(config: Config) -> dict[str, Any]:
     return {
         "redux": config.base.redux,
         "redux_sha256": diptychs.weights_hash(assets.resolve(config.base.redux)),
-        "masks": conditioning.masks,
+        "mask_policies": conditioning.mask_policies,
         "expansion": conditioning.expansion,
         "window": conditioning.window,
-        "sample_mask": sample.mask,
+        "sample_mask_policy": sample.mask_policy,
         "sample_expansion": sample.expansion,
         "sample_window": sample.window,
         "sample_feather": sample.feather,
@@ -564,7 +564,7 @@ def _conditioning(metadata: adapter_files.AdapterMetadata | None, path: Path | N
         text_length=metadata.text_length,
         independent_conditions=metadata.independent_conditions,
         method=metadata.method,
-        **({name: getattr(metadata, name) for name in ("masks", "expansion", "window")} if insert else {}),
+        **({name: getattr(metadata, name) for name in ("mask_policies", "expansion", "window")} if insert else {}),
     )
 
 
@@ -576,7 +576,7 @@ def _sample(metadata: adapter_files.AdapterMetadata | None) -> Sample:
         return sample
     return dataclasses.replace(
         sample,
-        mask=metadata.sample_mask,
+        mask_policy=metadata.sample_mask_policy,
         expansion=metadata.sample_expansion,
         window=metadata.sample_window,
         feather=metadata.sample_feather,

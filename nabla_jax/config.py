@@ -71,7 +71,7 @@ class Conditioning:
     text_length: int = 512  # T5 tokens
     independent_conditions: bool = False  # conditions attend to themselves only
     # The next three are for method insert alone: what it is trained with. What it draws with: see Sample.
-    masks: tuple[str, ...] = ("silhouette", "dilated", "box", "bezier")  # policies, one drawn for each sample
+    mask_policies: tuple[str, ...] = ("silhouette", "dilated", "box", "bezier")  # one drawn for each sample
     expansion: tuple[float, float] = (1.1, 1.4)  # the subject's box is padded by a factor drawn between these
     window: float = 0.0  # a square round the bird, so many times its box; 0: the whole picture
 
@@ -153,7 +153,7 @@ class Sample:
         1.0  # how strongly the pictures are followed, against black ones; other than 1: twice the work
     )
     # The rest is for method insert alone.
-    mask: str = "silhouette"  # the policy by which the part to repaint is made from the bird's silhouette
+    mask_policy: str = "silhouette"  # the policy by which the part to repaint is made from the bird's silhouette
     expansion: float = 1.3  # the subject's box is padded by this factor
     window: float = 2.4  # the part of the target that is painted: a square round the bird, so many times its box
     feather: int = 16  # width in pixels of the seam between the painted window and the rest of the picture
@@ -527,12 +527,12 @@ def _check_diptych(config: Config, where: str) -> None:
     """The ranges of what only method insert reads."""
     from nabla_jax.conditioning.masks import POLICIES as known
 
-    policies = [("conditioning.masks", policy) for policy in config.conditioning.masks]
-    for key, policy in [*policies, ("sample.mask", config.sample.mask)]:
+    policies = [("conditioning.mask_policies", policy) for policy in config.conditioning.mask_policies]
+    for key, policy in [*policies, ("sample.mask_policy", config.sample.mask_policy)]:
         if policy not in known:
             raise UserError(f"{where}: {key}: found {policy!r}, expected {', '.join(known)}")
-    if not config.conditioning.masks:
-        raise UserError(f"{where}: conditioning.masks: found none, expected some of {', '.join(known)}")
+    if not config.conditioning.mask_policies:
+        raise UserError(f"{where}: conditioning.mask_policies: found none, expected some of {', '.join(known)}")
     least, most = config.conditioning.expansion
     if not 1 <= least <= most:
         found = config.conditioning.expansion

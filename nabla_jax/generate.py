@@ -226,7 +226,7 @@ def _settings(config: configs.Config, reposer: "api.Reposer", arguments: argpars
     if config.sample.image_guidance != 1:
         further["image_guidance"] = config.sample.image_guidance
     if config.conditioning.method == "insert":
-        chosen = ("mask", "expansion", "window", "feather")
+        chosen = ("mask_policy", "expansion", "window", "feather")
         further |= {"method": "insert"} | {name: getattr(config.sample, name) for name in chosen}
     return further | {
         "seed": config.sample.seed,

@@ -61,10 +61,10 @@ class AdapterMetadata:
       method: omini or insert. All that follows is of insert.
       redux: name of the FLUX.1-Redux folder, as the configuration gave it.
       redux_sha256: hash of its weights.
-      masks: mask policies in training.
+      mask_policies: of training, one drawn for each sample.
       expansion: range of the factors by which the subject's box was padded.
       window: what training saw of a target: a square so many times the bird's box, or 0 for the whole picture.
-      sample_mask, sample_expansion, sample_window, sample_feather: defaults in sampling, see ``config.Sample``.
+      sample_mask_policy, sample_expansion, sample_window, sample_feather: defaults in sampling, see ``config.Sample``.
     """
 
     rank: int
@@ -91,10 +91,10 @@ class AdapterMetadata:
     method: Literal["omini", "insert"] = "omini"
     redux: str = ""
     redux_sha256: str = ""
-    masks: tuple[str, ...] = ()
+    mask_policies: tuple[str, ...] = ()
     expansion: tuple[float, float] = (1.0, 1.0)
     window: float = 0.0
-    sample_mask: str = ""
+    sample_mask_policy: str = ""
     sample_expansion: float = 1.0
     sample_window: float = 0.0
     sample_feather: int = 0

@@ -67,9 +67,9 @@ def inputs(
 
 
 def drawn_mask(mask: Array, conditioning: Conditioning, draw: Draw) -> Array:
-    """What training has repainted of a silhouette [H, W] bool, by one of ``conditioning.masks``."""
+    """What training has repainted of a silhouette [H, W] bool, by one of ``conditioning.mask_policies``."""
     rng = draw(draws.REPAINT_MASK)
-    return repaint_mask(mask, conditioning.masks[rng.integers(len(conditioning.masks))], rng)
+    return repaint_mask(mask, conditioning.mask_policies[rng.integers(len(conditioning.mask_policies))], rng)
 
 
 def look(example: Example, size: int) -> Array:
