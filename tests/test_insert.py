@@ -388,6 +388,30 @@ def test_the_papers_configuration_trains_on_folders_of_the_published_structure(t
         train.main(command(**{"train.workdir": tmp_path / "other"}))
 
 
+def test_the_paper_run_is_the_published_one() -> None:
+    found = configs.load("configs/insert_fill.py")
+    assert found.base.path.endswith("FLUX.1-Fill-dev") and found.base.redux.endswith("FLUX.1-Redux-dev")
+    conditioning = found.conditioning
+    assert (conditioning.method, conditioning.size, conditioning.text_length) == ("insert", 1024, 512)
+    assert (conditioning.expansion, conditioning.window) == ((1.1, 1.4), 0.0)
+    assert (found.lora.rank, found.lora.alpha, found.lora.init) == (256, 256.0, "gaussian")
+    assert found.lora.start.endswith("20250321_steps5000_pytorch_lora_weights.safetensors")
+    assert (found.train.steps, found.train.batch, found.train.seed, found.train.guidance) == (10_000, 4, 42, 1.0)
+    assert (found.sample.steps, found.sample.window, found.data.mode) == (50, 2.4, "on_the_fly")
+    omini = configs.load("configs/omk_fill.py")
+    assert (found.optim, found.metrics, found.benchmarks) == (omini.optim, omini.metrics, omini.benchmarks)
+
+
+def test_toy_changes_only_sizes_paths_and_numbers() -> None:
+    real, toy = (configs.flatten(configs.to_dict(configs.load(f"configs/insert_fill.py{s}"))) for s in ("", ":toy"))
+    changed = {key for key in real.keys() | toy.keys() if real.get(key) != toy.get(key)}
+    method = {key for key in real if key.startswith(("conditioning.", "data.", "optim.", "lora."))}
+    method -= {f"conditioning.{name}" for name in ("size", "dot", "line", "text_length")}
+    method -= {"data.root", "data.obtain", "optim.d0", "lora.rank", "lora.alpha", "lora.start"}
+    assert not changed & (method | {"train.guidance", "train.sampler", "sample.mask_policy", "sample.expansion"})
+    assert (toy["base.path"], toy["base.redux"]) == ("asset:toy-flux-fill", "asset:toy-flux-redux")
+
+
 # ------------------------------------------------------------------------------------------------- bad input
 
 
