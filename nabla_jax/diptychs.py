@@ -6,6 +6,7 @@ E width of a text token, P of the pooled vector.
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -125,8 +126,9 @@ def load_encoder(
     return DiptychEncoder(vae, loaded, processor, mesh, run, folder, weights_hash(folder))
 
 
+@functools.cache
 def weights_hash(folder: Path) -> str:
-    """SHA-256 (hex) of the weights of a FLUX.1-Redux folder, tower and embedder joined by a plus sign."""
+    """SHA-256 (hex) of the weights of a FLUX.1-Redux folder, tower and embedder joined by a plus sign; read once."""
     return "+".join(pipeline.folder_hash(folder / name) for name in transformers_folder.REDUX)
 
 
