@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import nabla_jax
-from nabla_jax import api, draws, evaluate, flow, generate, reposing, runs, train, training
+from nabla_jax import api, diptychs, draws, evaluate, flow, generate, reposing, runs, train, training
 from nabla_jax import config as configs
 from nabla_jax.checkpoints import adapters, pipeline
 from nabla_jax.conditioning import masks
@@ -83,79 +83,93 @@ def fold(mask: np.ndarray, factor: int) -> np.ndarray:
     return out
 
 
-def by_hand(pair: dict[str, np.ndarray], number: int, seed: int, adapter: Any) -> float:
-    """The loss of one pair from its pictures, written out: reference left, target right, hole grey, prompt of Redux."""
+@functools.cache
+def networks() -> tuple[Any, Any, Any]:
+    """Moments of pictures, Redux tokens of what it sees, and the velocity of two streams, compiled once."""
     inputs, method, base = opened()
     encoder = inputs.diptychs
     assert encoder is not None
-    vae = layers.bind(encoder.vae.graphdef, encoder.vae.params)
-    redux = layers.bind(encoder.redux.graphdef, encoder.redux.params)
-    left, right = (pair[name].astype(np.float32) / 127.5 - 1 for name in ("subject", "target"))
-    whole = np.concatenate([left, right], axis=2)[None]
-    mask = np.concatenate([np.zeros((SIZE, SIZE)), pair["repaint"]], axis=1)[None]
-    masked = whole * (1 - mask[:, None])
+    vae, redux = (layers.bind(part.graphdef, part.params) for part in (encoder.vae, encoder.redux))
+    run = jax.jit(lambda streams, a: layers.bind(method.transformer, base)(streams_of(*streams), adapters={"fill": a}))
+    return jax.jit(lambda x: vae.encode(x)), jax.jit(lambda x: redux(x)), run
 
-    def key(purpose: int) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), number)
 
-    def latents(image: np.ndarray, purpose: int) -> np.ndarray:
-        moments = np.asarray(jax.jit(vae.encode)(image.astype(np.float32)))[0]
-        mean, logvar = np.split(moments, 2)
-        eps = np.asarray(jax.random.normal(key(purpose), mean.shape))
-        z = (mean + np.exp(0.5 * np.clip(logvar, -30, 20)) * eps - 0.1159) * 0.3611
-        channels, height, width = z.shape
-        squares = z.reshape(channels, height // 2, 2, width // 2, 2).transpose(1, 3, 0, 2, 4)
-        return squares.reshape(1, -1, 4 * channels)
-
-    x0, source = latents(whole, draws.TARGET_LATENT), latents(masked, draws.MASKED_LATENT)
-    x1 = np.asarray(jax.random.normal(key(draws.NOISE), x0.shape[1:]))[None]
-    time = 1 / (1 + np.exp(-np.asarray(jax.random.normal(key(draws.TIME)))))[None]
-    noisy = (1 - time) * x0 + time * x1
-    tokens = np.concatenate([noisy, source, fold(mask, 8)], axis=-1).astype(np.float32)
-    seen = ImageProcessor.siglip(32)([pair["subject"].transpose(1, 2, 0)])
-    prompt = jnp.concatenate([jnp.zeros((1, 8, 16)), jax.jit(lambda x: redux(x))(seen)], axis=1)
+def streams_of(prompt: jax.Array, tokens: jax.Array, time: jax.Array) -> list[Branch]:
+    """Text and picture at one time, guidance 1, one adapter on both; one grid over the whole diptych."""
+    batch = len(time)
     rows, columns = np.mgrid[: SIZE // 16, : 2 * SIZE // 16]
     ids = np.stack([np.zeros(rows.size), rows.ravel(), columns.ravel()], axis=-1).astype(np.float32)
-    shared = (jnp.asarray(time, jnp.float32), jnp.ones(1), jnp.zeros((1, 16)), "fill")
-    streams = [
+    shared = (time, jnp.ones(batch), jnp.zeros((batch, 16)), "fill")
+    return [
         Branch(prompt, np.zeros((prompt.shape[1], 3), np.float32), *shared, kind="text"),
-        Branch(jnp.asarray(tokens), ids, *shared),
+        Branch(tokens, ids, *shared),
     ]
-    run = jax.jit(lambda p: layers.bind(method.transformer, p)(streams, adapters={"fill": adapter}))
-    return float(np.mean((np.asarray(run(base)) - (x1 - x0)) ** 2))
+
+
+def by_hand(pairs: dict[str, np.ndarray], seed: int, adapter: Any) -> np.ndarray:
+    """The loss of each pair from its pictures, written out: reference left, target right, grey hole, Redux's prompt."""
+    encode, redux, run = networks()
+    left, right = (pairs[name].astype(np.float32) / 127.5 - 1 for name in ("subject", "target"))
+    whole = np.concatenate([left, right], axis=3)
+    mask = np.concatenate([np.zeros_like(pairs["repaint"]), pairs["repaint"]], axis=2)
+    masked = whole * (1 - mask[:, None]).astype(np.float32)
+
+    def normal(purpose: int, shape: tuple[int, ...]) -> np.ndarray:
+        root = jax.random.fold_in(jax.random.key(seed), purpose)
+        return np.stack([jax.random.normal(jax.random.fold_in(root, int(n)), shape) for n in pairs["sample"]])
+
+    def latents(image: np.ndarray, purpose: int) -> np.ndarray:
+        mean, logvar = np.split(np.asarray(encode(image)), 2, axis=1)
+        eps = normal(purpose, mean.shape[1:])
+        z = (mean + np.exp(0.5 * np.clip(logvar, -30, 20)) * eps - 0.1159) * 0.3611
+        batch, channels, height, width = z.shape
+        squares = z.reshape(batch, channels, height // 2, 2, width // 2, 2).transpose(0, 2, 4, 1, 3, 5)
+        return squares.reshape(batch, -1, 4 * channels)
+
+    x0, source = latents(whole, draws.TARGET_LATENT), latents(masked, draws.MASKED_LATENT)
+    x1 = normal(draws.NOISE, x0.shape[1:])
+    time = 1 / (1 + np.exp(-normal(draws.TIME, ())))
+    noisy = (1 - time[:, None, None]) * x0 + time[:, None, None] * x1
+    tokens = np.concatenate([noisy, source, fold(mask, 8)], axis=-1).astype(np.float32)
+    seen = redux(ImageProcessor.siglip(32)(list(pairs["subject"].transpose(0, 2, 3, 1))))
+    prompt = jnp.concatenate([jnp.zeros((len(time), 8, 16)), seen], axis=1)
+    found = run((prompt, jnp.asarray(tokens), jnp.asarray(time, jnp.float32)), adapter)
+    return np.mean((np.asarray(found) - (x1 - x0)) ** 2, axis=(1, 2))
 
 
 def test_the_loss_is_the_written_out_one() -> None:
     """Over the whole diptych, by the adapter on the whole sequence; of a batch the mean of its samples."""
     inputs, method, base = opened()
     pairs = next(inputs.batches(2, 7))
-    adapter = tuned().adapters["fill"]
-    large = dataclasses.replace(adapter, scale=50.0)
+    large = dataclasses.replace(tuned().adapters["fill"], scale=50.0)
     batch = training.device_batch(pairs, meshes.data_mesh(), inputs.diptychs)
-    loss = jax.jit(lambda p, b: reposing.loss(method, {"fill": large}, p, b, seed=3, guidance=1.0))
-    names = ("subject", "target", "repaint")
-    expected = [by_hand({n: pairs[n][i] for n in names}, int(pairs["sample"][i]), 3, large) for i in range(2)]
-    np.testing.assert_allclose(float(loss(base, batch)), np.mean(expected), rtol=2e-5)
+
+    @functools.partial(jax.jit, static_argnames="weight")
+    def loss(batch: dict[str, jax.Array], weight: float) -> jax.Array:
+        adapters = {"fill": large}
+        return reposing.loss(method, adapters, base, batch, seed=3, guidance=1.0, foreground_weight=weight)
+
+    expected = by_hand(pairs, 3, large)
+    np.testing.assert_allclose(float(loss(batch, 1.0)), np.mean(expected), rtol=2e-5)
     assert not np.isclose(*expected, rtol=1e-3)
-    # The bird's weight: foreground and background make up the whole, and the reference is background.
-    assert not np.asarray(batch["mask"])[:, :, : batch["mask"].shape[2] // 2].any()
-    np.testing.assert_array_equal(np.asarray(batch["mask"])[:, :, batch["mask"].shape[2] // 2 :], pairs["mask"])
-
-    def weighted(tokens: np.ndarray, weight: float) -> float:
-        mask = np.broadcast_to(tokens, batch["mask"].shape)
-        given = {**batch, "mask": jnp.asarray(mask, jnp.float32)}
-        chosen = dataclasses.replace(method, adapter=None)
-        return float(reposing.loss(chosen, {}, base, given, seed=3, guidance=1.0, foreground_weight=weight))
-
-    half = np.arange(batch["mask"].shape[2]) >= batch["mask"].shape[2] // 2
-    parts = [weighted(side.astype(np.float32), 1e7) for side in (half, ~half)]
-    np.testing.assert_allclose(np.mean(parts), weighted(half, 1.0), rtol=1e-4)
+    # The bird's weight: the reference is background, and the two halves' losses make up the whole's.
+    half = batch["mask"].shape[2] // 2
+    assert not np.asarray(batch["mask"])[:, :, :half].any()
+    np.testing.assert_array_equal(np.asarray(batch["mask"])[:, :, half:], pairs["mask"])
+    right = np.zeros(batch["mask"].shape, np.float32)
+    right[:, :, half:] = 1
+    parts = [float(loss({**batch, "mask": jnp.asarray(side)}, 1e7)) for side in (right, 1 - right)]
+    np.testing.assert_allclose(np.mean(parts), np.mean(expected), rtol=1e-4)
     assert not np.isclose(*parts, rtol=1e-3)
 
 
 def test_sampling_is_eulers_method_on_the_same_branches() -> None:
     inputs, method, base = opened()
     batch = training.device_batch(next(inputs.batches(2, 7)), meshes.data_mesh(), inputs.diptychs)
+    # As many as the other tests draw at a time: one program.
+    batch = {
+        name: jnp.concatenate([value, value[:1]]) for name, value in batch.items() if name not in ("target", "mask")
+    }
     levels = np.array([1.0, 0.6, 0.0], np.float32)
     adapters_ = tuned().adapters
     found = reposing.make_sampler(method)(base, adapters_, batch, levels, jnp.float32(2.5), jnp.uint32(4))
@@ -166,7 +180,7 @@ def test_sampling_is_eulers_method_on_the_same_branches() -> None:
 
     @jax.jit
     def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
-        return reposing.predict(method, base, adapters_, x, jnp.full(2, sigma), masked, text, 2.5, grid)
+        return reposing.predict(method, base, adapters_, x, jnp.full(3, sigma), masked, text, 2.5, grid)
 
     state = draws.normal(draws.keys(4, batch["sample"], draws.NOISE), (grid[0] * grid[1], 64))
     for now, following in zip(levels[:-1], levels[1:], strict=True):
@@ -180,14 +194,19 @@ def test_encoding_a_few_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatc
     inputs, _, _ = opened()
     encoder = inputs.diptychs
     assert encoder is not None
-    pairs = next(inputs.batches(5, 7))
+    pairs = next(inputs.batches(4, 7))
     whole = encoder(pairs)
     monkeypatch.setattr("nabla_jax.diptychs.PIXELS_PER_CALL", 4 * SIZE * SIZE)
-    parts = encoder(pairs)  # 2, 2 and 1
+    parts = encoder(pairs)
     assert whole.keys() == parts.keys()
     for name, value in whole.items():
         np.testing.assert_allclose(np.asarray(parts[name]), np.asarray(value), rtol=0, atol=2e-5, err_msg=name)
     np.testing.assert_array_equal(np.asarray(parts["sample"]), pairs["sample"])
+    # At most two a device at a time, in calls of one size, a multiple of the devices.
+    sizes = {
+        (rows, n): diptychs.pictures_per_call(rows, SIZE, n) for rows, n in ((1, 1), (4, 1), (5, 1), (6, 2), (8, 8))
+    }
+    assert sizes == {(1, 1): 1, (4, 1): 2, (5, 1): 2, (6, 2): 4, (8, 8): 8}
 
 
 def test_a_training_picture_depends_on_its_sample_alone() -> None:
@@ -365,7 +384,7 @@ def test_the_papers_configuration_trains_on_folders_of_the_published_structure(t
         "base.path": root / "fill", "base.redux": root / "redux", "data.root": root / "world" / "nabirds",
         "conditioning.size": SIZE, "conditioning.text_length": 8, "lora.rank": rank, "lora.alpha": rank,
         "lora.start": start, "train.workdir": tmp_path / "run", "train.steps": 1, "train.save_every": 1,
-        "train.sample_every": 0, "train.batch": 1, "optim.lr": "1e-12",
+        "train.sample_every": 0, "train.batch": 1, "train.remat": "none", "optim.lr": "1e-12",
     }  # fmt: skip
     paper = str(Path(__file__).parent.parent / "configs" / "insert_fill.py")
 
