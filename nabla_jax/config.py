@@ -26,6 +26,7 @@ class Base:
     """The frozen pipeline."""
 
     path: str  # a diffusers-layout folder, or asset:NAME
+    redux: str = ""  # a FLUX.1-Redux folder, or asset:NAME; only method insert reads it
     obtain: str = ""  # told to a user who does not have it
 
 
@@ -59,7 +60,8 @@ class Data:
 class Conditioning:
     """What the model is shown beside the noise. Stored in the adapter's metadata."""
 
-    size: int  # side in pixels of the square model canvas
+    size: int  # side in pixels of the square model canvas; of one half of a diptych
+    method: str = "omini"  # conditions as tokens of their own; insert: a diptych that FLUX.1-Fill repaints
     control: str = "fill"
     skeleton: str = "dense"  # lines between keypoints; this and the next two are for control keypoints alone
     dot: int = 15  # diameter of a keypoint in pixels of the picture
@@ -68,6 +70,10 @@ class Conditioning:
     prompt: str = "A photo of a bird."
     text_length: int = 512  # T5 tokens
     independent_conditions: bool = False  # conditions attend to themselves only
+    # The next three are for method insert alone: what it is trained with. What it draws with: see Sample.
+    mask_policies: tuple[str, ...] = ("silhouette", "dilated", "box", "bezier")  # one drawn for each sample
+    expansion: tuple[float, float] = (1.1, 1.4)  # the subject's box is padded by a factor drawn between these
+    window: float = 0.0  # a square round the bird, so many times its box; 0: the whole picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +84,7 @@ class Lora:
     alpha: float = 16.0
     init: str = "gaussian"
     name: str = "omk_fill"
+    start: str = ""  # an adapter of any known format that training begins with; empty: a fresh one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +153,11 @@ class Sample:
     image_guidance: float = (
         1.0  # how strongly the pictures are followed, against black ones; other than 1: twice the work
     )
+    # The rest is for method insert alone.
+    mask_policy: str = "silhouette"  # the policy by which the part to repaint is made from the bird's silhouette
+    expansion: float = 1.3  # the subject's box is padded by this factor
+    window: float = 2.4  # the part of the target that is painted: a square round the bird, so many times its box
+    feather: int = 16  # width in pixels of the seam between the painted window and the rest of the picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +205,7 @@ T = typing.TypeVar("T")
 Verb = typing.Literal["prepare", "train", "generate", "evaluate"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "conditioning.method": ("omini", "insert"),
     "conditioning.control": ("fill", "depth", "keypoints"),
     "conditioning.skeleton": ("dense", "sparse", "dots"),
     "conditioning.caption": ("fixed", "background"),
@@ -492,7 +505,7 @@ def _check_ranges(config: Config, where: str) -> None:
     if config.train.sampler == "mined" and config.data.mode != "precomputed":
         raise UserError(f"{where}: train.sampler: mined needs stored features, expected data.mode precomputed")
     nonnegative = "train.sample_every train.seed sample.seed optim.weight_decay extract.caption_retries"
-    nonnegative += " data.frame_gap data.frame_rate data.threads data.workers"
+    nonnegative += " data.frame_gap data.frame_rate data.threads data.workers sample.feather"
     for key in nonnegative.split():
         if not flat[key] >= 0:
             raise UserError(f"{where}: {key}: found {flat[key]!r}, expected 0 or more")
@@ -508,6 +521,47 @@ def _check_ranges(config: Config, where: str) -> None:
             f"{where}: conditioning.size: found {config.conditioning.size}, expected a multiple of 16 "
             "(8 pixels a latent, 2 latents a token)"
         )
+    _check_diptych(config, where)
+    if config.conditioning.method == "insert":
+        _check_insert(config, where)
+
+
+def _check_diptych(config: Config, where: str) -> None:
+    """The ranges of what only method insert reads."""
+    from nabla_jax.conditioning.masks import POLICIES as known
+
+    policies = [("conditioning.mask_policies", policy) for policy in config.conditioning.mask_policies]
+    for key, policy in [*policies, ("sample.mask_policy", config.sample.mask_policy)]:
+        if policy not in known:
+            raise UserError(f"{where}: {key}: found {policy!r}, expected {', '.join(known)}")
+    if not config.conditioning.mask_policies:
+        raise UserError(f"{where}: conditioning.mask_policies: found none, expected some of {', '.join(known)}")
+    least, most = config.conditioning.expansion
+    if not 1 <= least <= most:
+        found = config.conditioning.expansion
+        raise UserError(f"{where}: conditioning.expansion: found {found!r}, expected two rising numbers from 1 on")
+    if not config.sample.expansion >= 1:
+        raise UserError(f"{where}: sample.expansion: found {config.sample.expansion!r}, expected 1 or more")
+    for key, window in (("conditioning.window", config.conditioning.window), ("sample.window", config.sample.window)):
+        if window and not window >= 1:
+            raise UserError(f"{where}: {key}: found {window!r}, expected 1 or more, or 0 for the whole picture")
+
+
+def _check_insert(config: Config, where: str) -> None:
+    """What method insert needs and what it has no use for."""
+    needed = (
+        ("data.mode", config.data.mode, "on_the_fly", "a diptych is one picture of two, with another mask every time"),
+        ("conditioning.control", config.conditioning.control, "fill", "the part to repaint is the control"),
+        ("conditioning.caption", config.conditioning.caption, "fixed", "the subject's picture takes the text's place"),
+        ("conditioning.prompt", config.conditioning.prompt, "", "the subject's picture takes the text's place"),
+        ("conditioning.independent_conditions", config.conditioning.independent_conditions, False, "it has none"),
+        ("sample.image_guidance", config.sample.image_guidance, 1.0, "it has no conditions to leave out"),
+    )
+    for key, found, expected, why in needed:
+        if found != expected:
+            raise UserError(f"{where}: {key}: found {found!r}, expected {expected!r} for method insert: {why}")
+    if not config.base.redux:
+        raise UserError(f"{where}: base.redux: found '', expected a FLUX.1-Redux folder for method insert")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -524,6 +578,11 @@ def check_inputs(config: Config, verb: Verb, benchmarks: Sequence[str] | None = 
     ``config.preview``; or naming what is wrong with a folder that is there.
     """
     wanted: list[str] = []
+    if verb == "prepare" and config.conditioning.method == "insert":
+        raise UserError(
+            f"{config.source or 'configuration'}: conditioning.method: insert encodes pictures when they are drawn: "
+            "there is nothing to prepare, train at once"
+        )
     if verb in ("prepare", "train", "generate"):
         wanted += _base_problem(config)
     if verb == "prepare" and config.data.vision and not (Path(config.data.vision) / "config.json").is_file():
@@ -532,6 +591,8 @@ def check_inputs(config: Config, verb: Verb, benchmarks: Sequence[str] | None = 
     reads = config.data.mode == "precomputed"
     if verb == "prepare" or (verb == "train" and not (reads and prepared.is_file())):
         wanted += _data_problem(config)
+    if verb == "train":
+        wanted += _start_problem(config)
     if verb in ("generate", "evaluate"):
         wanted += _benchmark_problems(config, benchmarks)
     if verb == "evaluate":
@@ -553,6 +614,19 @@ def check_inputs(config: Config, verb: Verb, benchmarks: Sequence[str] | None = 
         from nabla_jax.checkpoints import pipeline
 
         pipeline.check_folder(resolve_base(config))
+        check_method(config)
+
+
+def check_method(config: Config) -> None:
+    """Raises UserError if the base, or the Redux beside it, is not what ``conditioning.method`` takes."""
+    from nabla_jax import assets
+    from nabla_jax.checkpoints import pipeline, transformers_folder
+
+    folder, method = resolve_base(config), config.conditioning.method
+    pipeline.check_channels(folder, method)
+    if method == "insert":
+        width = pipeline.transformer_config(folder).joint_attention_dim
+        transformers_folder.check_redux(assets.resolve(config.base.redux), width)
 
 
 def resolve_base(config: Config) -> Path:
@@ -563,12 +637,27 @@ def resolve_base(config: Config) -> Path:
 
 
 def _base_problem(config: Config) -> list[str]:
-    folder = resolve_base(config)
-    if (folder / "model_index.json").is_file():
+    from nabla_jax import assets
+
+    folder, problems = resolve_base(config), []
+    if not (folder / "model_index.json").is_file():
+        found = "a folder without model_index.json" if folder.is_dir() else "nothing"
+        problems.append(f"the base model (base.path: found {found} at {folder}, expected a diffusers-layout folder)")
+    redux = assets.resolve(config.base.redux)
+    if config.conditioning.method == "insert" and not (redux / "image_encoder" / "config.json").is_file():
+        problems.append(f"FLUX.1-Redux (base.redux: found no {redux}/image_encoder/config.json)")
+    return [f"{problem}: {config.base.obtain}" if config.base.obtain else problem for problem in problems]
+
+
+def _start_problem(config: Config) -> list[str]:
+    from nabla_jax import assets
+
+    path = assets.resolve(config.lora.start)
+    # A run that has begun goes on from its own checkpoint.
+    if not config.lora.start or path.exists() or (Path(config.train.workdir) / "checkpoints").is_dir():
         return []
-    found = "a folder without model_index.json" if folder.is_dir() else "nothing"
     obtain = f": {config.base.obtain}" if config.base.obtain else ""
-    return [f"the base model (base.path: found {found} at {folder}, expected a diffusers-layout folder){obtain}"]
+    return [f"the adapter to begin with (lora.start: found nothing at {path}, lora.start= begins afresh){obtain}"]
 
 
 def _data_problem(config: Config) -> list[str]:

@@ -91,6 +91,7 @@ def _load(config: configs.Config, adapter: str, control_adapter: str | None) -> 
         conditioning=config.conditioning,
         sample=config.sample,
         dtype=config.train.dtype,
+        redux=config.base.redux or None,
     )
 
 
@@ -241,6 +242,9 @@ def _settings(config: configs.Config, reposer: "api.Reposer", arguments: argpars
         further = {"control_adapter": str(reposer.control_path), "control_adapter_sha256": reposer.control_sha256}
     if config.sample.image_guidance != 1:
         further["image_guidance"] = config.sample.image_guidance
+    if config.conditioning.method == "insert":
+        chosen = ("mask_policy", "expansion", "window", "feather")
+        further |= {"method": "insert"} | {name: getattr(config.sample, name) for name in chosen}
     return further | {
         "seed": config.sample.seed,
         "steps": config.sample.steps,

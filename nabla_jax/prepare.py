@@ -721,16 +721,19 @@ def estimate(config: configs.Config, encoders: Encoders) -> Estimate:
     )  # fmt: skip
 
 
-def pictures_source(config: configs.Config, encoders: Encoders) -> Pictures:
+def pictures_source(
+    config: configs.Config, prompts: Callable[[list[str]], tuple[Array, Array]], factor: int
+) -> Pictures:
     """The pictures of ``data.root`` as training reads them with ``data.mode`` on_the_fly: encoded when drawn.
 
+    ``prompts`` encodes captions, as that of ``Encoders``; ``factor``: pixels per latent position.
     Raises UserError for pictures without a mask.
     """
     examples = ordered(read_dataset(config.data.root, **config.data.reading), config.data.split)
     controls.require(examples, *kinds(config))
     captions, rows = captions_of(config, examples)
-    embeds, pooled = encoders.prompts(captions)
-    return Pictures(examples, tuple(rows), embeds, pooled, config.conditioning, encoders.factor)
+    embeds, pooled = prompts(captions)
+    return Pictures(examples, tuple(rows), embeds, pooled, config.conditioning, factor)
 
 
 if __name__ == "__main__":

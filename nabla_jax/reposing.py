@@ -1,12 +1,14 @@
-"""The method as pure functions: from VAE moments of subject and control to a loss or to a new picture.
+"""The methods as pure functions: from VAE moments of what the model is shown to a loss or to a new picture.
 
-Training, the samples drawn during training and generation all run these functions. Letters in shapes: B
-batch, C latent channels, h w latent height and width, N tokens (h/2 * w/2), T text tokens.
+``omini`` shows subject and control as tokens beside the noise; ``insert`` shows a diptych with a hole, and the hole's
+mask, as further channels of the noise. All else is one and the same. Training, the samples drawn during training and
+generation all run these functions. Letters in shapes: B batch, C latent channels, h w latent height and width (of the
+whole diptych), N tokens (h/2 * w/2), T text tokens (of ``insert``: an empty text and the subject's Redux tokens).
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from nabla_jax import draws, flow
-from nabla_jax.conditioning import omini
+from nabla_jax.conditioning import diptych, omini
 from nabla_jax.errors import UserError
 from nabla_jax.models import flux, layers
 from nabla_jax.models.autoencoder import AutoencoderKLConfig, sample_latents
@@ -22,6 +24,9 @@ from nabla_jax.models.lora import Adapter
 
 Adapters = dict[str, Adapter]
 Batch = Mapping[str, Any]
+Name = Literal["omini", "insert"]
+Shown = Sequence[omini.Condition] | flux.Memory | diptych.Masked
+"""What the model is shown beside noise and text: subject and control, what is remembered of them, or a hole."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Method:
       adapter: name of the adapter on both conditions, or None for the bare base.
       control_adapter: name of the control's adapter where it is another than the subject's; None where it is not.
       kontext: whether the base knows a second picture, as FLUX.1-Kontext does (see ``omini.subject_ids``).
+      name: omini, or insert for the diptych; the latter has no conditions, and its adapter acts on everything.
       independent: conditions see themselves only; sampling then computes their keys and values once.
       guidance_embeds: whether the transformer takes a guidance scale.
       dtype: of matrix products.
@@ -49,6 +55,12 @@ class Method:
     remat: flux.Remat = "none"
     control_adapter: str | None = None
     kontext: bool = True
+    name: Name = "omini"
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """The names, in a batch, of the moments that a picture is drawn from."""
+        return ("masked",) if self.name == "insert" else ("subject", "control")
 
     def conditions(self, subject: jax.Array, control: jax.Array, grid: tuple[int, int]) -> list[omini.Condition]:
         """Subject and control, packed latents [B, N, 4C], on a grid (height, width) in tokens."""
@@ -64,7 +76,7 @@ def predict(
     adapters: Adapters,
     noisy: jax.Array,
     time: jax.Array,
-    conditions: Sequence[omini.Condition] | flux.Memory,
+    shown: Shown,
     text: tuple[jax.Array, jax.Array],
     guidance: float | jax.Array,
     grid: tuple[int, int],
@@ -74,7 +86,7 @@ def predict(
     Args:
       noisy: [B, N, 4C] packed latents.
       time: [B].
-      conditions: subject and control, or what ``remember`` returned for them.
+      shown: subject and control, or what ``remember`` returned for them; of a diptych its masked picture.
       text: prompt embeddings [B, T, E] and pooled vector [B, P].
       guidance: scale on text and noise; ignored by transformers without guidance embedding.
       grid: (height, width) in tokens, N = height * width.
@@ -82,16 +94,22 @@ def predict(
     Returns:
       [B, N, 4C] float32.
     """
-    memory, pictures = (conditions, ()) if isinstance(conditions, flux.Memory) else (None, conditions)
-    branches = omini.branches(
-        *text,
-        noisy,
-        omini.grid_ids(*grid),
-        time,
-        guidance=guidance if method.guidance_embeds else None,
-        conditions=pictures,
-        independent=method.independent,
-    )
+    scale = guidance if method.guidance_embeds else None
+    memory = shown if isinstance(shown, flux.Memory) else None
+    if isinstance(shown, diptych.Masked):
+        branches = diptych.branches(
+            *text, noisy, shown.tokens, shown.mask, grid, time, guidance=scale, adapter=shown.adapter
+        )
+    else:
+        branches = omini.branches(
+            *text,
+            noisy,
+            omini.grid_ids(*grid),
+            time,
+            guidance=scale,
+            conditions=() if isinstance(shown, flux.Memory) else shown,
+            independent=method.independent,
+        )
     model = layers.bind(method.transformer, base)
     return model(branches, adapters=adapters, memory=memory, dtype=jnp.dtype(method.dtype), remat=method.remat)
 
@@ -123,6 +141,22 @@ def condition_tokens(
     )
 
 
+def shown(method: Method, batch: Batch, seed: int | jax.Array) -> Sequence[omini.Condition] | diptych.Masked:
+    """What the model is shown, its latents drawn from the moments in ``batch``; see ``loss``."""
+    numbers = batch["sample"]
+    if method.name == "insert":
+        tokens = _tokens(method, batch["masked"], seed, numbers, draws.MASKED_LATENT)
+        return diptych.Masked(tokens, batch["repaint"], method.adapter)
+    subject, control = condition_tokens(method, batch["subject"], batch["control"], seed, numbers)
+    return method.conditions(subject, control, _grid(batch["control"]))
+
+
+def _grid(moments: jax.Array) -> tuple[int, int]:
+    """(height, width) in tokens of moments or latents [B, C, h, w]."""
+    height, width = moments.shape[-2:]
+    return height // flow.path.PATCH, width // flow.path.PATCH
+
+
 def _tokens(method: Method, moments: jax.Array, seed: int | jax.Array, numbers: jax.Array, purpose: int) -> jax.Array:
     shape = (moments.shape[1] // 2, *moments.shape[2:])
     eps = draws.normal(draws.keys(seed, numbers, purpose), shape)
@@ -136,7 +170,8 @@ def loss(
     """Mean squared error of the velocity at a random point of each sample's path; float32 scalar.
 
     Args:
-      batch: ``target``, ``subject``, ``control`` VAE moments [B, 2C, h, w]; ``prompt_embeds`` [B, T, E];
+      batch: ``target`` and ``Method.pictures`` (``subject`` and ``control``, or ``masked``) VAE moments [B, 2C, h, w];
+        of a diptych ``repaint`` [B, N, 4 factor**2], see ``diptych.fold_mask``; ``prompt_embeds`` [B, T, E];
         ``pooled`` [B, P]; ``mask`` [B, h, w], the target's foreground coverage in [0, 1]; ``sample`` [B], the numbers
         that every draw is folded with.
       seed: of the run.
@@ -145,18 +180,34 @@ def loss(
       foreground_weight: weight of tokens that show the bird; the reference system has 1.
     """
     numbers = batch["sample"]
-    height, width = batch["target"].shape[-2:]
     x0 = _tokens(method, batch["target"], seed, numbers, draws.TARGET_LATENT)
     x1 = draws.normal(draws.keys(seed, numbers, draws.NOISE), x0.shape[1:])
     time = jax.vmap(lambda key: flow.logit_normal_time(key, mean=time_mean))(draws.keys(seed, numbers, draws.TIME))
-    subject, control = condition_tokens(method, batch["subject"], batch["control"], seed, numbers)
-    noisy = flow.interpolate(x0, x1, time)
-    text = (batch["prompt_embeds"], batch["pooled"])
-    grid = (height // flow.path.PATCH, width // flow.path.PATCH)
-    conditions = method.conditions(subject, control, grid)
-    prediction = predict(method, base, adapters, noisy, time, conditions, text, guidance, grid)
     weight = None if foreground_weight == 1 else flow.foreground_weight(batch["mask"], foreground_weight)
-    return flow.velocity_loss(prediction, x0, x1, weight)
+    text = (batch["prompt_embeds"], batch["pooled"])
+    pictures, grid = shown(method, batch, seed), _grid(batch["target"])
+    return path_loss(method, base, adapters, (x0, x1), time, pictures, text, guidance, grid, weight)
+
+
+def path_loss(
+    method: Method,
+    base: layers.Params,
+    adapters: Adapters,
+    ends: tuple[jax.Array, jax.Array],
+    time: jax.Array,
+    shown: Shown,
+    text: tuple[jax.Array, jax.Array],
+    guidance: float | jax.Array,
+    grid: tuple[int, int],
+    weight: jax.Array | None = None,
+) -> jax.Array:
+    """Mean squared error of the velocity between ``ends``, data and noise [B, N, 4C], at ``time`` [B]; a scalar.
+
+    ``weight`` [B, N] weighs tokens, see ``flow.velocity_loss``; for the rest see ``predict``.
+    """
+    noisy = flow.interpolate(*ends, time)
+    prediction = predict(method, base, adapters, noisy, time, shown, text, guidance, grid)
+    return flow.velocity_loss(prediction, *ends, weight)
 
 
 def sample(
@@ -172,8 +223,8 @@ def sample(
     """Draws the latents of a batch of pictures by Euler's method, as one scan.
 
     Args:
-      batch: ``subject``, ``control`` moments [B, 2C, h, w]; ``prompt_embeds``; ``pooled``; ``sample`` [B]
-        numbers; ``empty`` moments [B, 2C, h, w] of black pictures where image guidance is asked for.
+      batch: as for ``loss``, without ``target`` and ``mask``; ``empty`` moments [B, 2C, h, w] of black pictures where
+        image guidance is asked for.
       sigmas: [steps + 1] noise levels from 1 down to 0.
       guidance: float32 scalar or [B].
       seed: integer scalar; with the number of a picture it fixes the picture.
@@ -182,32 +233,39 @@ def sample(
 
     Returns:
       Scaled latents [B, C, h, w] float32.
+
+    Raises:
+      UserError: image guidance of a method without conditions.
     """
+    if method.name == "insert" and image_guidance is not None:
+        raise UserError("image_guidance: method insert has no conditions to leave out, expected 1")
     numbers = batch["sample"]
-    height, width = batch["subject"].shape[-2:]
-    grid = (height // flow.path.PATCH, width // flow.path.PATCH)
-    subject, control = condition_tokens(method, batch["subject"], batch["control"], seed, numbers)
+    height, width = batch[method.pictures[0]].shape[-2:]
+    grid = _grid(batch[method.pictures[0]])
     scale = jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), numbers.shape)
     text = (batch["prompt_embeds"], batch["pooled"])
 
-    def prepared(subject: jax.Array, control: jax.Array) -> Sequence[omini.Condition] | flux.Memory:
-        conditions = method.conditions(subject, control, grid)
-        return remember(method, base, adapters, conditions, text[1]) if method.independent else conditions
+    def prepared(batch: Batch) -> Shown:
+        pictures = shown(method, batch, seed)
+        if isinstance(pictures, diptych.Masked) or not method.independent:
+            return pictures
+        return remember(method, base, adapters, pictures, text[1])
 
-    shown = prepared(subject, control)
+    guide = prepared(batch)
     empty = None
     if image_guidance is not None:
-        empty = prepared(*condition_tokens(method, batch["empty"], batch["empty"], seed, numbers))
+        empty = prepared({**batch, "subject": batch["empty"], "control": batch["empty"]})
 
     def velocity(noisy: jax.Array, sigma: jax.Array) -> jax.Array:
         time = jnp.full(numbers.shape, sigma)
-        followed = predict(method, base, adapters, noisy, time, shown, text, scale, grid)
+        followed = predict(method, base, adapters, noisy, time, guide, text, scale, grid)
         if empty is None or image_guidance is None:
             return followed
         without = predict(method, base, adapters, noisy, time, empty, text, scale, grid)
         return omini.image_guided(followed, without, image_guidance)
 
-    start = draws.normal(draws.keys(seed, numbers, draws.NOISE), subject.shape[1:])
+    channels = flow.path.PATCH**2 * method.vae.latent_channels
+    start = draws.normal(draws.keys(seed, numbers, draws.NOISE), (grid[0] * grid[1], channels))
     return flow.unpack(flow.euler(velocity, start, jnp.asarray(sigmas)), height, width)
 
 

@@ -47,6 +47,10 @@ CONTINUABLE = frozenset(
         "sample.seed",
         "sample.batch",
         "sample.image_guidance",
+        "sample.mask_policy",
+        "sample.expansion",
+        "sample.window",
+        "sample.feather",
     )
 )
 

@@ -41,7 +41,7 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
     from nabla_jax import draws, optim, training
     from nabla_jax.checkpoints import pipeline
     from nabla_jax.checkpoints.run_state import RunState
-    from nabla_jax.models import flux, lora
+    from nabla_jax.models import flux, layers, lora
     from nabla_jax.parallel import mesh as meshes
 
     settings, name = config.train, config.lora.name
@@ -53,6 +53,9 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
     runs.write_environment(folder.environment, {"devices": [str(device) for device in jax.devices()]})
     base_path = configs.resolve_base(config)
     training.check_prepared(config)
+    with RunState(folder.checkpoints) as saved:
+        begun = saved.latest() is not None
+    start_adapter = None if begun else training.load_start(config)
     base_sha256 = pipeline.folder_hash(base_path / "transformer")
 
     # ------------------------------------------------------------------------------------------ frozen base
@@ -63,15 +66,17 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
     optimizer = optim.make(config.optim)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base)
 
-    def initial_state() -> training.State:
-        key = draws.key(settings.seed, draws.ADAPTER_INIT)
-        fresh = lora.initialize(key, shapes, rank=config.lora.rank, alpha=config.lora.alpha, stacked=flux.STACKED)
-        return training.initial_state({name: fresh.params}, optimizer, config)
+    def initial_state(start: layers.Params | None) -> training.State:
+        if start is None:
+            key = draws.key(settings.seed, draws.ADAPTER_INIT)
+            rank, alpha = config.lora.rank, config.lora.alpha
+            start = lora.initialize(key, shapes, rank=rank, alpha=alpha, stacked=flux.STACKED).params
+        return training.initial_state({name: start}, optimizer, config)
 
-    abstract = jax.eval_shape(initial_state)
+    abstract = jax.eval_shape(initial_state, None)
 
     # ------------------------------------------------------------------------------------------------ input
-    inputs = training.open_input(config)
+    inputs = training.open_input(config, mesh)
 
     with (
         contextlib.closing(training.run_batches(inputs)) as loader,
@@ -87,7 +92,8 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
             loader.set_state(position["loader"])
             print(f"{folder.path}: continuing after step {start}", flush=True)
         else:
-            state = jax.jit(initial_state, out_shardings=everywhere)()
+            state = jax.jit(initial_state, out_shardings=everywhere)(start_adapter)
+        del start_adapter
         metrics = runs.JsonLines(folder.metrics)
         # Rows beyond the checkpoint are made again; a row that was written only for being a run's last goes
         # when the run is extended.
@@ -121,7 +127,7 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
         # --------------------------------------------------------------------------------------------- loop
         with runs.progress(settings.steps, "train", done=start, unit="step") as bar:
             for step in range(start + 1, settings.steps + 1):
-                batch = training.device_batch(next(loader), mesh)
+                batch = training.device_batch(next(loader), mesh, inputs.diptychs)
                 clock.data_arrived()
                 state, values = train_step(state, base, batch)
                 write_pending()

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,16 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from nabla_jax import api, optim, reposing, runs
+from nabla_jax import api, diptychs, optim, reposing, runs
 from nabla_jax.checkpoints import adapters as adapter_files
 from nabla_jax.checkpoints import pipeline
 from nabla_jax.config import Config, resolve_base
 from nabla_jax.data import loader as loaders
 from nabla_jax.data.pictures import captions_sha256
+from nabla_jax.diptychs import DiptychEncoder
 from nabla_jax.errors import UserError
 from nabla_jax.images import write_image
-from nabla_jax.models import flux, layers
+from nabla_jax.models import flux, layers, lora
 from nabla_jax.models.autoencoder import AutoencoderKLConfig
 from nabla_jax.models.lora import Adapter
 from nabla_jax.parallel import mesh as meshes
@@ -86,11 +87,15 @@ def check_prepared(config: Config) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """Where a run's pairs come from: a prepared folder, or pictures and the encoder for them."""
+    """Where a run's pairs come from: a prepared folder, or pictures and the encoder for them.
+
+    ``encode`` encodes single pictures, for the loader; ``diptychs`` whole batches of pairs, after it.
+    """
 
     config: Config
     source: loaders.Source
     encode: loaders.Encode | None = None
+    diptychs: DiptychEncoder | None = None
 
     def batches(self, batch: int, seed: int, part: tuple[int, int] = (0, 1)) -> loaders.Loader:
         """Batches of ``batch`` pairs, of which process i of ``part`` = (i, n) gets its share."""
@@ -102,18 +107,30 @@ class Input:
         )  # fmt: skip
 
 
-def open_input(config: Config) -> Input:
+def open_input(config: Config, mesh: Mesh) -> Input:
     """Opens what ``data.mode`` names.
 
-    With ``on_the_fly`` the autoencoder and the text encoders are loaded. Raises UserError for data that cannot be
-    read.
+    With ``on_the_fly`` the autoencoder and the text encoders are loaded; for method insert the autoencoder and Redux,
+    onto ``mesh``. Raises UserError for data that cannot be read.
     """
     if config.data.mode == "precomputed":
         return Input(config, loaders.open_prepared(config.data.prepared))
+    if config.conditioning.method == "insert":
+        folder = resolve_base(config)
+        source = pictures_source(config, _no_text, pipeline.vae_config(folder).factor)
+        vae = pipeline.load_vae(folder, sharding=meshes.replicated(mesh))
+        text_length = config.conditioning.text_length
+        encoder = diptychs.load_encoder(folder, config.base.redux, text_length, mesh, config.train.dtype, vae)
+        return Input(config, source, diptychs=encoder)
     encoders = load_encoders(dataclasses.replace(config, data=dataclasses.replace(config.data, vision="")))
     per_call = pictures_per_call(config.conditioning.size, encoders.devices)
     encode = functools.partial(stored_moments, encoders.images, per_call=per_call)
-    return Input(config, pictures_source(config, encoders), encode)
+    return Input(config, pictures_source(config, encoders.prompts, encoders.factor), encode)
+
+
+def _no_text(captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of no tokens: of method insert the text is made with the subject's picture."""
+    return np.zeros((len(captions), 0, 0), np.float32), np.zeros((len(captions), 0), np.float32)
 
 
 def run_batches(inputs: Input) -> loaders.Loader:
@@ -134,6 +151,45 @@ def _remat(config: Config) -> flux.Remat:
 def initial_adapter_scale(config: Config) -> float:
     """What an adapter's contribution is multiplied by."""
     return config.lora.alpha / config.lora.rank
+
+
+def load_start(config: Config) -> layers.Params | None:
+    """The adapter that ``lora.start`` names, on the host's first device, or None for a fresh one.
+
+    Raises UserError, before the base's weights are read, for a file that does not fit the base, the method, or the
+    adapter that is to be trained (its rank, its alpha / rank, its linears).
+    """
+    if not config.lora.start:
+        return None
+    path, folder = api.find_adapter(config.lora.start), resolve_base(config)
+    metadata = adapter_files.read_metadata(path)
+    api.check_method(path, metadata, config.conditioning.method)
+    if metadata.base_sha256:
+        api.check_base(path, metadata, folder, pipeline.folder_hash(folder / "transformer"))
+    pairs = (
+        ("rank", metadata.rank, config.lora.rank),
+        ("alpha / rank", metadata.scale, initial_adapter_scale(config)),
+    )
+    for what, found, expected in pairs:
+        if not np.isclose(found, expected, rtol=4e-3):  # alpha is stored in as few as 8 bits
+            raise UserError(f"lora.start: {path}: {what}: found {found:g}, expected {expected:g}, as lora says")
+    model = flux.FluxConfig.from_json(folder / "transformer" / "config.json")
+    _, shapes = layers.abstract(lambda rngs: flux.Flux(model, rngs=rngs))
+    adapter, _ = adapter_files.load_adapter(path, shapes, stacked=flux.STACKED)
+    linears = _linears(adapter.params)
+    wanted = {".".join(where) for where in lora.targets(shapes, lora.FLUX_TARGETS, flux.STACKED)}
+    if linears != wanted:
+        differing = [f"{name} is missing" for name in sorted(wanted - linears)]
+        differing += [f"{name} is not trained" for name in sorted(linears - wanted)]
+        raise UserError(f"lora.start: {path}: another set of linears: {', '.join(differing)}")
+    return adapter.params
+
+
+def _linears(tree: layers.Params, where: tuple[str, ...] = ()) -> set[str]:
+    """Names of the linears of an adapter's tree."""
+    if "lora_A" in tree:
+        return {".".join(where)}
+    return set().union(*(_linears(child, (*where, name)) for name, child in tree.items()))
 
 
 def make_step(
@@ -187,8 +243,10 @@ def exported(state: State, config: Config) -> dict[str, layers.Params]:
     return adapters
 
 
-def device_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """A loader's batch on the mesh, cut along its leading axis."""
+def device_batch(batch: Mapping[str, Any], mesh: Mesh, encoder: DiptychEncoder | None = None) -> dict[str, jax.Array]:
+    """A loader's batch on the mesh, cut along its leading axis; pairs of pictures are encoded on the way."""
+    if encoder is not None:
+        return encoder(batch)
     chosen = {name: np.asarray(batch[name]) for name in BATCH_KEYS}
     # Sample numbers are 64 bits wide on the host; keys fold in 32.
     chosen["sample"] = chosen["sample"].astype(np.uint32)
@@ -267,15 +325,18 @@ def adapter_metadata(config: Config, step: int, base_sha256: str) -> adapter_fil
         sample_guidance=config.sample.guidance,
         sample_steps=config.sample.steps,
         independent_conditions=config.conditioning.independent_conditions,
-        applies_to="condition",
+        applies_to=api.APPLIES_TO[config.conditioning.method],
         step=step,
+        method=api.method_name(config.conditioning),
+        **(api.diptych_metadata(config) if config.conditioning.method == "insert" else {}),
     )
 
 
 class SampleSheet:
     """A few pictures drawn during training by the sampler that ``generate`` runs, always of the same pairs.
 
-    Each row of the PNG shows subject, control, target and the drawn picture, all through the autoencoder.
+    Each row of the PNG shows subject, control, target and the drawn picture, all through the autoencoder; of method
+    insert the diptych with its hole, the whole one and the drawn one.
     """
 
     ROWS = 8
@@ -293,14 +354,16 @@ class SampleSheet:
         count = max(count // self._mesh.size, 1) * self._mesh.size
         if self._reposer is None:
             with contextlib.closing(self._inputs.batches(count, self._config.sample.seed)) as loader:
-                self._batch = dict(next(loader))
+                batch, encoder = next(loader), self._inputs.diptychs
+                self._batch = dict(batch if encoder is None else jax.device_get(encoder(batch)))
             self._reposer = self._make_reposer(base)
         scale = initial_adapter_scale(self._config)
         adapters = {name: Adapter(tree, scale) for name, tree in trees.items()}
         reposer = dataclasses.replace(self._reposer, adapters=adapters)
-        inputs = {k: np.asarray(self._batch[k]) for k in BATCH_KEYS if k not in ("target", "mask")}
+        names = (*self._method.pictures, "repaint", "prompt_embeds", "pooled", "sample")
+        inputs = {name: np.asarray(self._batch[name]) for name in names if name in self._batch}
         inputs["sample"] = inputs["sample"].astype(np.uint32)
-        columns = [self._decode_mean(reposer, self._batch[name]) for name in ("subject", "control", "target")]
+        columns = [self._decode_mean(reposer, self._batch[name]) for name in (*self._method.pictures, "target")]
         columns.append(reposer.draw(inputs, dataclasses.replace(self._config.sample, batch=count)))
         sheet = np.concatenate([np.concatenate(list(column), axis=0) for column in columns], axis=1)
         path = self._folder / f"step_{step}.png"

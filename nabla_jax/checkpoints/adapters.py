@@ -58,6 +58,13 @@ class AdapterMetadata:
       reads: which of the conditions the adapter is for, when subject and control have one each.
       targets: the adapted linears, ``*`` standing for every block; filled in when a file is written or read.
       step: training step.
+      method: omini or insert. All that follows is of insert.
+      redux: name of the FLUX.1-Redux folder, as the configuration gave it.
+      redux_sha256: hash of its weights.
+      mask_policies: of training, one drawn for each sample.
+      expansion: range of the factors by which the subject's box was padded.
+      window: what training saw of a target: a square so many times the bird's box, or 0 for the whole picture.
+      sample_mask_policy, sample_expansion, sample_window, sample_feather: defaults in sampling, see ``config.Sample``.
     """
 
     rank: int
@@ -81,6 +88,16 @@ class AdapterMetadata:
     reads: Literal["both", "subject", "control"] = "both"
     targets: tuple[str, ...] = ()
     step: int = 0
+    method: Literal["omini", "insert"] = "omini"
+    redux: str = ""
+    redux_sha256: str = ""
+    mask_policies: tuple[str, ...] = ()
+    expansion: tuple[float, float] = (1.0, 1.0)
+    window: float = 0.0
+    sample_mask_policy: str = ""
+    sample_expansion: float = 1.0
+    sample_window: float = 0.0
+    sample_feather: int = 0
 
     @property
     def scale(self) -> float:
@@ -92,7 +109,8 @@ class AdapterMetadata:
         """Parses the header entry of the file at ``path``."""
         try:
             raw = json.loads(text)
-            return cls(**raw | {"targets": tuple(raw.get("targets", ()))})
+            lists = {name: tuple(value) for name, value in raw.items() if isinstance(value, list)}
+            return cls(**raw | lists)
         except (json.JSONDecodeError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: metadata {_KEY}: cannot be read ({error}), expected AdapterMetadata") from error
 

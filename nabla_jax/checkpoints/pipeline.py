@@ -219,6 +219,23 @@ def is_kontext(folder: StrPath) -> bool:
     return bool(index["_class_name"] == "FluxKontextPipeline")
 
 
+def check_channels(path: StrPath, method: str) -> None:
+    """Raises UserError unless the transformer reads what ``method`` gives a token.
+
+    ``insert`` gives noisy latents, those of the masked picture and the mask, as FLUX.1-Fill takes them; ``omini`` gives
+    noisy latents alone. Only configurations are read.
+    """
+    latents = 4 * vae_config(path).latent_channels
+    fill = 2 * latents + 4 * vae_config(path).factor ** 2
+    found, expected = transformer_config(path).in_channels, fill if method == "insert" else latents
+    if found != expected:
+        kind = {latents: "FLUX.1 schnell, dev or Kontext", fill: "FLUX.1-Fill"}
+        raise UserError(
+            f"{path}: method {method} needs {kind[expected]} ({expected} channels a token), found "
+            f"{kind.get(found, 'another base')} ({found})"
+        )
+
+
 def check_folder(folder: StrPath) -> None:
     """Raises one UserError listing everything that is missing or does not fit, without reading weights.
 

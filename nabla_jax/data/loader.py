@@ -11,19 +11,20 @@ Pairs are drawn from the class index; nothing here imports jax.
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nabla_jax import draws
 from nabla_jax.data import pairs
 from nabla_jax.data.dataset import class_index
-from nabla_jax.data.pictures import CONTROL, Pictures
+from nabla_jax.data.pictures import CONTROL, REPAINT, Draw, Pictures
 from nabla_jax.data.records import RecordReader
 from nabla_jax.errors import UserError
 from nabla_jax.hashing import file_sha256
@@ -62,22 +63,22 @@ class Prepared:
     prompt_embeds: Array  # [captions, T, d] float32
     pooled: Array  # [captions, p] float32
 
-    @cached_property
+    @functools.cached_property
     def classes(self) -> dict[int, tuple[int, ...]]:
         """Class id -> positions of its pictures."""
         return class_index(self.manifest["class_ids"])
 
-    @cached_property
+    @functools.cached_property
     def taxonomy(self) -> dict[int, tuple[str, ...]]:
         """Class id -> names from the root to the leaf."""
         return {int(c): tuple(entry["taxonomy"]) for c, entry in self.manifest["classes"].items()}
 
-    @cached_property
+    @functools.cached_property
     def captions(self) -> tuple[int, ...]:
         """By picture, the row of its caption."""
         return tuple(self.manifest["captions"])
 
-    @cached_property
+    @functools.cached_property
     def _layout(self) -> tuple[list[int], list[int]]:
         shards = self.manifest["shards"]
         pictures = [0, *itertools.accumulate(s["pictures"] for s in shards)]
@@ -94,9 +95,10 @@ class Prepared:
             rows[position] = self._record(position, FEATURES)[FEATURES]
         return rows
 
-    def read(self, position: int, wanted: Sequence[str]) -> dict[str, Array]:
+    def read(self, position: int, wanted: Sequence[str], draw: Draw | None = None) -> dict[str, Array]:
         """The VAE moments [2C, h, w] float16 of each role in ``wanted``; ``mask`` [h, w] uint8 with the target.
 
+        What is stored was made once: nothing is drawn.
         Raises UserError naming the shard when it is damaged or is another shard than its name says.
         """
         found: dict[str, Array] = {}
@@ -272,13 +274,15 @@ def make_loader(
     batch. ``get_state`` / ``set_state`` save and restore the position, which counts batches.
 
     ``threads`` of this process read ahead, or ``workers`` processes instead where there are any. From ``Pictures``,
-    ``encode`` makes in this process the moments that a prepared folder stores.
+    ``encode`` makes in this process the moments that a prepared folder stores; for method insert there is none, since
+    the pictures of a pair are encoded together, later.
 
     A batch is a dict of numpy arrays: target, subject, control [B, 2C, h, w] float16 (VAE moments: mean, then
     log variance), mask [B, h, w] float32 (the target's foreground coverage, 0..1), prompt_embeds [B, T, d],
     pooled [B, p] float32 (read-only), sample [B] int64 (position in the stream), subject_index, target_index [B]
     int64 (positions of the pictures), level [B] int64 (the finest of ``pairs.LEVELS`` that the two share), caption
-    [B] int64 (row of the target's caption).
+    [B] int64 (row of the target's caption). For method insert: target, subject [B, 3, S, S] uint8, and instead of
+    the control repaint [B, S, S] uint8, 1 where the target is to be repainted.
 
     Raises UserError for a damaged folder, an unknown sampler or control, or classes without two pictures.
     """
@@ -286,8 +290,9 @@ def make_loader(
     process, processes = shard
     if not 0 <= process < processes or batch < 1:
         raise ValueError(f"shard {shard} and batch {batch}: expected 0 <= i < n and a batch of at least 1")
-    if isinstance(source, Pictures) and encode is None:
-        raise ValueError("encode: found None, expected a function for pictures that are not prepared")
+    pixels = isinstance(source, Pictures) and source.conditioning.method == "insert"
+    if isinstance(source, Pictures) and (encode is None) != pixels:
+        raise ValueError("encode: expected a function for pictures that are not prepared, and none for method insert")
     if isinstance(source, Prepared) and CONTROL + control not in source.manifest["roles"]:
         made = ", ".join(r.removeprefix(CONTROL) for r in source.manifest["roles"] if r.startswith(CONTROL))
         raise UserError(f"{source.folder}: conditioning.control: found {control!r}, prepared are {made}")
@@ -301,7 +306,7 @@ def make_loader(
     draw = pairs.sampler(sampler, source.classes, options)
     # Text is added by this process: a worker need not load it, nor hand over megabytes that are all the same.
     bare = dataclasses.replace(source, prompt_embeds=source.prompt_embeds[:0], pooled=source.pooled[:0])
-    reading = Reading(bare, draw, seed, control)
+    reading = Reading(bare, draw, seed, (REPAINT, REPAINT) if pixels else ("control", CONTROL + control))
 
     def finish(read: Batch) -> Batch:
         moments = read if encode is None else _encoded(read, encode)
@@ -368,13 +373,14 @@ class Reading:
     source: Source
     draw: pairs.Sampler
     seed: int
-    control: str
+    spatial: tuple[str, str]  # name in a batch, and role, of what says where the bird is
 
     def __call__(self, number: int) -> Batch:
         """A sample of the stream, without text, in the source's dtype; see ``make_loader``."""
         pair = self.draw(self.seed, number)
-        control = CONTROL + self.control
-        target = self.source.read(pair.target, ("target", control))
+        draw = functools.partial(draws.generator, self.seed, number)
+        name, role = self.spatial
+        target = self.source.read(pair.target, ("target", role), draw)
         numbers = {
             "sample": number,
             "subject_index": pair.subject,
@@ -384,8 +390,8 @@ class Reading:
         }
         return {
             "target": target["target"],
-            "subject": self.source.read(pair.subject, ("subject",))["subject"],
-            "control": target[control],
+            "subject": self.source.read(pair.subject, ("subject",), draw)["subject"],
+            name: target[role],
             "mask": target["mask"].astype(np.float32) / 255,
             **{name: np.asarray(value, np.int64) for name, value in numbers.items()},
         }
