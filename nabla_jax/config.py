@@ -26,8 +26,8 @@ class Base:
     """The frozen pipeline."""
 
     path: str  # a diffusers-layout folder, or asset:NAME
-    redux: str = ""  # a FLUX.1-Redux folder, or asset:NAME; only method insert reads it
     obtain: str = ""  # told to a user who does not have it
+    redux: str = ""  # a FLUX.1-Redux folder, or asset:NAME; only method insert reads it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,6 @@ class Conditioning:
     """What the model is shown beside the noise. Stored in the adapter's metadata."""
 
     size: int  # side in pixels of the square model canvas; of one half of a diptych
-    method: str = "omini"  # conditions as tokens of their own; insert: a diptych that FLUX.1-Fill repaints
     control: str = "fill"
     skeleton: str = "dense"  # lines between keypoints; this and the next two are for control keypoints alone
     dot: int = 15  # diameter of a keypoint in pixels of the picture
@@ -70,6 +69,7 @@ class Conditioning:
     prompt: str = "A photo of a bird."
     text_length: int = 512  # T5 tokens
     independent_conditions: bool = False  # conditions attend to themselves only
+    method: str = "omini"  # conditions as tokens of their own; insert: a diptych that FLUX.1-Fill repaints
     # The next three are for method insert alone: what it is trained with. What it draws with: see Sample.
     mask_policies: tuple[str, ...] = ("silhouette", "dilated", "box", "bezier")  # one drawn for each sample
     expansion: tuple[float, float] = (1.1, 1.4)  # the subject's box is padded by a factor drawn between these
