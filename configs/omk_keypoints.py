@@ -20,7 +20,4 @@ from configs import common
 
 def get_config(arg: str = "") -> ConfigDict:
     """The configuration; ``arg`` is empty or ``toy``."""
-    config = common.with_control("keypoints", arg)
-    # iNaturalist's photos have no keypoints.
-    config.benchmarks = ConfigDict({name: root for name, root in config.benchmarks.items() if "inat" not in name})
-    return config
+    return common.keypoints_only(common.with_control("keypoints", arg))

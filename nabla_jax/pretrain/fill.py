@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save
 
 from nabla_jax import flow
 from nabla_jax.checkpoints.pipeline import Component
-from nabla_jax.conditioning import diptych, omini
+from nabla_jax.conditioning import diptych
 from nabla_jax.conditioning.geometry import Placement
 from nabla_jax.conditioning.masks import repaint_mask
 from nabla_jax.flow.path import interpolate, logit_normal_time, velocity
@@ -319,9 +319,7 @@ def train(
     Returns:
       The last state; ``state.ema`` are the parameters to keep.
     """
-    tx = muon(
-        settings.learning_rate, settings.steps, settings.warmup, settings.decay, 0.01, transformer.block_matrices
-    )
+    tx = muon(settings.learning_rate, settings.steps, settings.warmup, settings.decay, 0.01, transformer.block_matrices)
 
     def objective(values: Params, number: jax.Array, batch: Mapping[str, jax.Array]) -> Any:
         key = jax.random.fold_in(jax.random.key(settings.seed), number)

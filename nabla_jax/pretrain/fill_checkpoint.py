@@ -149,8 +149,8 @@ def redux_card(config: FillConfig, state: State) -> str:
         f"`{config.pictures.world}` only.",
         "",
         f"- `image_encoder`, `feature_extractor`: `{config.vision}` as it is.",
-        f"- `image_embedder`: from nothing, trained together with `{Path(config.output).name}` for {state.step} steps of "
-        f"{config.training.batch}; see there. Weights: the running average, bfloat16.",
+        f"- `image_embedder`: from nothing, trained together with `{Path(config.output).name}` for {state.step} steps "
+        f"of {config.training.batch}; see there. Weights: the running average, bfloat16.",
         "",
     ]
     return "\n".join(lines)

@@ -10,7 +10,9 @@ Every step has one task for its whole batch, drawn from (seed, step):
 - ``pair``: two views of one individual side by side, both made from noise.
 
 FLUX.1-schnell knows no second picture and takes no guidance: there pictures lie side by side, picture 1 to the left of
-the one being made and picture 2 to its right (``beside``). The text encoders train along. Every sample depends on (seed, step) alone, so a continued run equals an unbroken one.
+the one being made and picture 2 to its right (``beside``).
+
+The text encoders train along. Every sample depends on (seed, step) alone, so a continued run equals an unbroken one.
 """
 
 import dataclasses
@@ -154,9 +156,7 @@ def block_matrices(params: Params) -> Any:
 
 def optimizer(settings: Settings) -> optax.GradientTransformation:
     """See ``state.muon``, which here updates the matrices of blocks, except modulations."""
-    return muon(
-        settings.learning_rate, settings.steps, settings.warmup, settings.decay, 0.01, block_matrices
-    )
+    return muon(settings.learning_rate, settings.steps, settings.warmup, settings.decay, 0.01, block_matrices)
 
 
 def positions(grid: tuple[int, int], picture: int, beside: bool) -> np.ndarray:
@@ -228,9 +228,7 @@ def loss(
         pictures.append(blanked)
     references = [(pack(p), positions(grid, i, settings.beside)) for i, p in enumerate(pictures, start=1)]
     guided = "guidance_embedder" in params["transformer"]["time_text_embed"]
-    branches = omini.native(
-        prompt, pooled, xt, ids, t, guidance=guidance if guided else None, references=references
-    )
+    branches = omini.native(prompt, pooled, xt, ids, t, guidance=guidance if guided else None, references=references)
     predicted = layers.bind(graphdef, params["transformer"])(branches)[:, : x0.shape[1]]
     error = jnp.mean((predicted - velocity(x0, x1)) ** 2, axis=-1)
     weight = 1 + (settings.bird_weight - 1) * batch["cover"]
