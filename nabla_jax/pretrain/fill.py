@@ -11,7 +11,8 @@ halves; hence the masks are drawn once, too. Every sample depends on (seed, step
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from nabla_jax.flow.path import interpolate, logit_normal_time, velocity
 from nabla_jax.metrics.preprocessing import ImageProcessor
 from nabla_jax.models import layers
 from nabla_jax.models.layers import Params
+from nabla_jax.models.lora import Adapter
 from nabla_jax.pretrain import transformer
 from nabla_jax.pretrain.pictures import Pictures
 from nabla_jax.pretrain.state import State, fit, make_update, muon
@@ -37,6 +39,9 @@ from nabla_jax.runs import progress, write_atomic
 
 _BATCH = 32
 _CHUNK = 500
+_WHOLE = "whole"
+_SINGLES = 4
+"""Of so many individuals one also gives a masked picture with a caption."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +143,58 @@ def draw_diptychs(drawn: Pictures, index: int, config: DiptychConfig, size: int)
     return rows
 
 
+ToLatents = Callable[[np.ndarray], np.ndarray]
+
+
+def make_encoders(vae: Component, vision: Component) -> tuple[ToLatents, ToLatents]:
+    """Two functions: pictures [B, 3, H, W] in [-1, 1] -> scaled latents; SigLIP's input -> patches. Both float16."""
+
+    @jax.jit
+    def latents(params: Params, images: jax.Array) -> jax.Array:
+        mean, _ = jnp.split(layers.bind(vae.graphdef, params).encode(images), 2, axis=1)
+        return ((mean - vae.config.shift_factor) * vae.config.scaling_factor).astype(jnp.float16)
+
+    @jax.jit
+    def patches(params: Params, pixels: jax.Array) -> jax.Array:
+        return layers.bind(vision.graphdef, params)(pixels).patches.astype(jnp.float16)
+
+    return functools.partial(_batched, latents, vae.params), functools.partial(_batched, patches, vision.params)
+
+
+def encode_rows(
+    rows: Sequence[Mapping[str, Any]], latents: ToLatents, patches: ToLatents, processor: ImageProcessor
+) -> dict[str, np.ndarray]:
+    """Diptychs as ``draw_diptychs`` gives them -> picture, masked, hole, features and copy of ``Diptychs``."""
+    stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    reference, target = (_signed(stacked[name]) for name in ("reference", "target"))
+    hidden = _hide(target, stacked["hole"])
+    return {
+        "picture": latents(np.concatenate([reference, target], axis=-1)),
+        "masked": latents(np.concatenate([reference, hidden], axis=-1)),
+        "hole": stacked["hole"],
+        "features": patches(processor(list(stacked["reference"]))),
+        "copy": stacked["copy"],
+    }
+
+
+def encode_singles(
+    drawn: Pictures, indices: Sequence[int], config: DiptychConfig, latents: ToLatents
+) -> dict[str, np.ndarray]:
+    """One masked view of each individual: single, single_hole, individual and view of ``Diptychs``."""
+    holes, views = [], []
+    for index in indices:
+        rng = np.random.default_rng((config.seed, index, 1))
+        views.append(int(rng.integers(2)))
+        holes.append(repaint_mask(np.asarray(drawn.masks[index, views[-1]]), _policy(rng, config), rng))
+    hole = np.stack(holes)
+    return {
+        "single": latents(_hide(_signed(drawn.pictures[list(indices), views]), hole)),
+        "single_hole": hole,
+        "individual": np.array(indices, np.int32),
+        "view": np.array(views, np.int32),
+    }
+
+
 def encode(
     drawn: Pictures, vae: Component, vision: Component, processor: ImageProcessor, config: DiptychConfig, folder: Path,
     *, size: int,
@@ -153,60 +210,29 @@ def encode(
       folder: where the encoded chunks are kept.
       size: side of the model's pictures, pixels.
     """
-    scaling, shift = vae.config.scaling_factor, vae.config.shift_factor
-
-    @jax.jit
-    def latents(params: Params, images: jax.Array) -> jax.Array:
-        mean, _ = jnp.split(layers.bind(vae.graphdef, params).encode(images), 2, axis=1)
-        return ((mean - shift) * scaling).astype(jnp.float16)
-
-    @jax.jit
-    def patches(params: Params, pixels: jax.Array) -> jax.Array:
-        return layers.bind(vision.graphdef, params)(pixels).patches.astype(jnp.float16)
-
-    def chunk(start: int) -> dict[str, np.ndarray]:
-        indices = range(start, min(start + _CHUNK, len(drawn.pictures)))
-        rows = [row for index in indices for row in draw_diptychs(drawn, index, config, size)]
-        stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        reference, target = (_signed(stacked[name]) for name in ("reference", "target"))
-        picture = np.concatenate([reference, target], axis=-1)
-        hidden = np.where(stacked["hole"][:, None], np.float32(diptych.GREY), target)
-        masked = np.concatenate([reference, hidden], axis=-1)
-        views = [int(np.random.default_rng((config.seed, i, 1)).integers(2)) for i in indices if i % 4 == 0]
-        singles = [i for i in indices if i % 4 == 0]
-        holes = []
-        for i, view in zip(singles, views, strict=True):
-            rng = np.random.default_rng((config.seed, i, 2))
-            holes.append(repaint_mask(np.asarray(drawn.masks[i, view]), _policy(rng, config), rng))
-        hole = np.stack(holes)
-        single = _signed(drawn.pictures[singles, views])
-        single = np.where(hole[:, None], np.float32(diptych.GREY), single)
-        return {
-            "picture": _batched(latents, vae.params, picture),
-            "masked": _batched(latents, vae.params, masked),
-            "hole": stacked["hole"],
-            "features": _batched(patches, vision.params, processor(list(stacked["reference"]))),
-            "copy": stacked["copy"],
-            "single": _batched(latents, vae.params, single),
-            "single_hole": hole,
-            "individual": np.array(singles, np.int32),
-            "view": np.array(views, np.int32),
-        }
-
+    latents, patches = make_encoders(vae, vision)
     chunks = []
     with progress(len(drawn.pictures), "diptychs", unit="bird") as bar:
         for start in range(0, len(drawn.pictures), _CHUNK):
             path = folder / f"chunk-{start:07d}.safetensors"
+            indices = range(start, min(start + _CHUNK, len(drawn.pictures)))
             if not path.exists():
+                rows = [row for index in indices for row in draw_diptychs(drawn, index, config, size)]
+                arrays = encode_rows(rows, latents, patches, processor)
+                arrays |= encode_singles(drawn, indices[::_SINGLES], config, latents)
                 folder.mkdir(parents=True, exist_ok=True)
-                write_atomic(path, save({k: np.ascontiguousarray(v) for k, v in chunk(start).items()}))
+                write_atomic(path, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
             chunks.append(load_file(path))
-            bar.update(min(_CHUNK, len(drawn.pictures) - start))
-    return Diptychs(**{name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]})
+            bar.update(len(indices))
+    return Diptychs(**{name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]})
 
 
 def _signed(images: np.ndarray) -> np.ndarray:
     return np.asarray(images).transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def _hide(pictures: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    return np.where(hole[:, None], np.float32(diptych.GREY), pictures)
 
 
 def _batched(run: Callable[..., jax.Array], params: Params, images: np.ndarray) -> np.ndarray:
@@ -252,7 +278,7 @@ def draw_batch(diptychs: Diptychs, latents: Latents, step: int, settings: Settin
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """What is static of a forward pass: graphs, the function of the text encoders, lengths and widths of a prompt."""
+    """What is static of a forward pass: graphs, the text encoders' function, a prompt's length and pooled width."""
 
     transformer: Any
     embedder: Any
@@ -262,7 +288,12 @@ class Networks:
 
 
 def loss(
-    networks: Networks, params: Params, batch: Mapping[str, jax.Array], key: jax.Array, settings: Settings
+    networks: Networks,
+    params: Params,
+    batch: Mapping[str, jax.Array],
+    key: jax.Array,
+    settings: Settings,
+    adapter: Adapter | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Weighted velocity error of one batch.
 
@@ -272,6 +303,7 @@ def loss(
       batch: see ``draw_batch``; picture and masked [B, C, h, w'], hole [B, H, W'].
       key: PRNG key of the step.
       settings: weights and ranges.
+      adapter: acts on the whole sequence; None for the bare base.
 
     Returns:
       The loss and {"hole": unweighted error on repainted tokens}.
@@ -291,9 +323,10 @@ def loss(
     mask = diptych.fold_mask(batch["hole"].astype(jnp.float32), batch["hole"].shape[1] // h)
     branches = diptych.branches(
         prompt, pooled, interpolate(x0, x1, t), flow.pack(batch["masked"].astype(jnp.float32)), mask,
-        (h // flow.path.PATCH, w // flow.path.PATCH), t, guidance=guidance,
+        (h // flow.path.PATCH, w // flow.path.PATCH), t, guidance=guidance, adapter=_WHOLE if adapter else None,
     )  # fmt: skip
-    predicted = layers.bind(networks.transformer, params["transformer"])(branches)
+    model = layers.bind(networks.transformer, params["transformer"])
+    predicted = model(branches, adapters={_WHOLE: adapter} if adapter else {})
     error = jnp.mean((predicted - velocity(x0, x1)) ** 2, axis=-1)
     share = mask.mean(-1)
     weight = 1 + (settings.hole_weight - 1) * share

@@ -20,6 +20,9 @@ from nabla_jax.pretrain.latents import report_to
 from nabla_jax.pretrain.state import State
 from nabla_jax.runs import read_rows, write_atomic, write_json
 
+_GUIDANCE = 2.5
+"""A scale that every start has seen."""
+
 
 @dataclasses.dataclass(frozen=True)
 class FillConfig:
@@ -77,7 +80,7 @@ def make(config: FillConfig, workers: int, seconds: float | None) -> None:
     embedder = ReduxEmbedderConfig(vision.config.hidden_size, model.joint_attention_dim)
     graph, redux = layers.initialize(lambda r: ReduxEmbedder(embedder, rngs=r), jax.random.key(config.training.seed))
     params = {
-        "transformer": start.transformer(origin, model, config.training.guidance[0]),
+        "transformer": start.flatten_guidance(start.transformer(origin, model, _GUIDANCE), _GUIDANCE),
         "text": {"clip": encoders.clip.params, "t5": encoders.t5.params},
         "redux": redux,
     }
