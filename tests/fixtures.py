@@ -39,8 +39,11 @@ def random_params(make: Callable[[nnx.Rngs], nnx.Module], rng: np.random.Generat
     return jax.tree_util.tree_map_with_path(draw, layers.abstract(make)[1])
 
 
-def write_base(folder: Path, seed: int = 0) -> Path:
-    """A complete pipeline folder, FLUX.1-Kontext's structure at a very small width, weights drawn from ``seed``."""
+def write_base(folder: Path, seed: int = 0, *, schnell: bool = False) -> Path:
+    """A complete pipeline folder, weights drawn from ``seed``.
+
+    FLUX.1-Kontext's structure, or FLUX.1-schnell's, at a very small width.
+    """
     rng = np.random.default_rng(seed)
     text.write_tokenizers(folder, WORDS)
     vocabulary = json.loads((folder / "tokenizer" / "vocab.json").read_text())
@@ -55,7 +58,7 @@ def write_base(folder: Path, seed: int = 0) -> Path:
         num_attention_heads=2,
         joint_attention_dim=16,
         pooled_projection_dim=16,
-        guidance_embeds=True,
+        guidance_embeds=not schnell,
         axes_dims_rope=(4, 6, 6),
     )
     text_encoder = clip.CLIPTextConfig(
@@ -79,7 +82,10 @@ def write_base(folder: Path, seed: int = 0) -> Path:
         model = pipeline.PARTS[name].model
         params = random_params(lambda r, m=model, c=part_config: m(c, rngs=r), rng)
         pipeline.save_part(folder, name, part_config, params)
-    pipeline.write_index(folder)
+    if schnell:
+        pipeline.write_index(folder, "FluxPipeline", pipeline.SCHNELL)
+    else:
+        pipeline.write_index(folder)
     return folder
 
 

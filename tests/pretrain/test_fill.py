@@ -24,6 +24,7 @@ CONFIG = FluxConfig(
 )  # fmt: skip
 SETTINGS = fill.Settings(steps=8, batch=4, warmup=2, decay=0.2, ema=0.9, captions=0.3)
 WIDTH, PATCHES, PLENTY = 6, 3, 200
+_ONE_GREY = fill.DiptychConfig(copies=0.5, alone=0.0, expansion=(1.0, 1.0))
 
 
 def drawn(count: int) -> Pictures:
@@ -105,14 +106,14 @@ def test_a_diptych_shows_the_other_view_or_a_copy() -> None:
     rows = [
         (index, row)
         for index in range(PLENTY // 2)
-        for row in fill.draw_diptychs(pictures, index, fill.DiptychConfig(copies=0.5, alone=0.0), 16)
+        for row in fill.draw_diptychs(pictures, index, _ONE_GREY, 16)
     ]
     assert 0.3 < sum(row["copy"] for _, row in rows) / (PLENTY // 2) < 0.7
     for index, row in rows:
         target = int(row["target"][0, 0, 0])
         view = int(np.flatnonzero(pictures.pictures[index, :2, 0, 0, 0] == target)[0])
         shown = int(pictures.pictures[index, view if row["copy"] else 1 - view, 0, 0, 0])
-        assert shown in row["reference"] and set(np.unique(row["reference"])) <= {shown, 255}
+        assert (row["reference"] == shown).all()
         assert (row["hole"] | ~pictures.masks[index, view]).all()
 
 
