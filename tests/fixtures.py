@@ -40,11 +40,11 @@ def random_params(make: Callable[[nnx.Rngs], nnx.Module], rng: np.random.Generat
     return jax.tree_util.tree_map_with_path(draw, layers.abstract(make)[1])
 
 
-def write_base(folder: Path, seed: int = 0, *, fill: bool = False, blocks: int = 2) -> Path:
+def write_base(folder: Path, seed: int = 0, *, fill: bool = False, schnell: bool = False, blocks: int = 2) -> Path:
     """A complete pipeline folder, FLUX.1-Kontext's structure at a very small width, weights drawn from ``seed``.
 
-    With ``fill`` it is FLUX.1-Fill's: noisy latents, those of the masked picture and the mask are a token's channels.
-    ``blocks``: of each of the two kinds.
+    With ``fill`` it is FLUX.1-Fill's (noisy latents, those of the masked picture and the mask are a token's channels),
+    with ``schnell`` FLUX.1-schnell's. ``blocks``: of each of the two kinds.
     """
     rng = np.random.default_rng(seed)
     text.write_tokenizers(folder, WORDS)
@@ -60,7 +60,7 @@ def write_base(folder: Path, seed: int = 0, *, fill: bool = False, blocks: int =
         num_attention_heads=2,
         joint_attention_dim=16,
         pooled_projection_dim=16,
-        guidance_embeds=True,
+        guidance_embeds=not schnell,
         axes_dims_rope=(4, 6, 6),
         in_channels=384 if fill else 64,
         out_channels=64 if fill else None,
@@ -86,7 +86,10 @@ def write_base(folder: Path, seed: int = 0, *, fill: bool = False, blocks: int =
         model = pipeline.PARTS[name].model
         params = random_params(lambda r, m=model, c=part_config: m(c, rngs=r), rng)
         pipeline.save_part(folder, name, part_config, params)
-    pipeline.write_index(folder, "FluxFillPipeline" if fill else "FluxKontextPipeline")
+    if schnell:
+        pipeline.write_index(folder, "FluxPipeline", pipeline.SCHNELL)
+    else:
+        pipeline.write_index(folder, "FluxFillPipeline" if fill else "FluxKontextPipeline")
     return folder
 
 

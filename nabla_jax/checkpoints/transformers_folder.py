@@ -149,6 +149,20 @@ def save_redux(
         save_model(Path(folder) / name, part, getattr(config, name), params[name], dtype=dtype)
 
 
+def write_redux_index(folder: StrPath) -> None:
+    """Writes a Redux folder's ``model_index.json``: the classes by which diffusers opens its parts."""
+    absent = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"), [None, None])
+    index = {
+        "_class_name": "FluxPriorReduxPipeline",
+        "_diffusers_version": "0.35.1",
+        "feature_extractor": ["transformers", "SiglipImageProcessor"],
+        "image_embedder": ["flux", "ReduxImageEncoder"],
+        "image_encoder": ["transformers", "SiglipVisionModel"],
+        **absent,
+    }
+    write_json(Path(folder) / "model_index.json", index)
+
+
 def write_lpips(folder: StrPath, vgg: Mapping[str, Any], lin: Mapping[str, Any]) -> None:
     """Writes an LPIPS folder from the contents of the two published files, once and for all without torch.
 
