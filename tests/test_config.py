@@ -46,14 +46,9 @@ def test_the_other_controls_differ_in_nothing_else(control: str, size: str) -> N
     config = configs.load(f"configs/omk_{control}.py{size}")
     other = configs.flatten(configs.to_dict(config))
     differing = {key for key in fill.keys() | other.keys() if fill.get(key) != other.get(key)}
-    differing -= {key for key in differing if key.startswith("benchmarks.") and key not in other}
     assert differing == {"conditioning.control", "lora.name", "data.prepared", "train.workdir", "source"}
     assert config.conditioning.control == control and config.lora.name == f"omk_{control}"
     assert all(control in path for path in (config.data.prepared, config.train.workdir))
-    # Only NABirds has keypoints.
-    assert len(config.benchmarks) == len([key for key in fill if key.startswith("benchmarks.")]) or (
-        control == "keypoints" and [name.removeprefix("toy-") for name in config.benchmarks] == ["nabla"]
-    )
 
 
 def test_toy_changes_only_sizes_paths_and_numbers() -> None:

@@ -317,7 +317,8 @@ def _distances(networks: Networks, a: Sequence[Array], b: Sequence[Array]) -> Ar
                 for side, picture in enumerate((a[i], b[i])):
                     canvas[side, row, : picture.shape[0], : picture.shape[1]] = picture
             inputs = (lpips_pixels(canvas[0]), lpips_pixels(canvas[1]), sizes)
-            distances[own] = networks.lpips(*(_padded(x, batch) for x in inputs))[: len(own)]
+            rows = _rung(len(own), batch)
+            distances[own] = networks.lpips(*(_padded(x, rows) for x in inputs))[: len(own)]
     return distances
 
 
@@ -330,6 +331,13 @@ def _canvas(side: int) -> int:
 def _fitting(batch: int, pixels: int) -> int:
     count = len(jax.local_devices())
     return max(min(batch, batch * 224 * 224 // pixels) // count, 1) * count
+
+
+def _rung(count: int, batch: int) -> int:
+    """``count`` rounded up to eighths of ``batch``: a few of each size are common, and VGG too dear to fill a batch."""
+    devices = len(jax.local_devices())
+    step = -(-batch // 8 // devices) * devices
+    return min(-(-count // step) * step, batch)
 
 
 def _padded(rows: Array, batch: int) -> Array:
