@@ -103,11 +103,7 @@ def test_what_is_not_repainted_weighs_less() -> None:
 
 def test_a_diptych_shows_the_other_view_or_a_copy() -> None:
     pictures = drawn(PLENTY // 2)
-    rows = [
-        (index, row)
-        for index in range(PLENTY // 2)
-        for row in fill.draw_diptychs(pictures, index, _ONE_GREY, 16)
-    ]
+    rows = [(index, row) for index in range(PLENTY // 2) for row in fill.draw_diptychs(pictures, index, _ONE_GREY, 16)]
     assert 0.3 < sum(row["copy"] for _, row in rows) / (PLENTY // 2) < 0.7
     for index, row in rows:
         target = int(row["target"][0, 0, 0])
