@@ -29,7 +29,7 @@ import optax
 
 from nabla_jax import api, assets, flow, reposing
 from nabla_jax.checkpoints import pipeline
-from nabla_jax.checkpoints.transformers_folder import load_redux
+from nabla_jax.checkpoints.transformers_folder import load_redux, load_siglip
 from nabla_jax.conditioning import diptych
 from nabla_jax.conditioning.text import encode_prompts
 from nabla_jax.config import Conditioning
@@ -37,6 +37,7 @@ from nabla_jax.images import write_image
 from nabla_jax.metrics.preprocessing import ImageProcessor
 from nabla_jax.models import flux, layers, lora
 from nabla_jax.models.lora import Adapter
+from nabla_jax.models.redux import ReduxEmbedder
 from nabla_jax.pretrain import fill, pictures
 from nabla_jax.runs import progress
 
@@ -120,29 +121,27 @@ class Fill:
 
     def __init__(self) -> None:
         folder, redux = assets.resolve("asset:toy-flux-fill"), assets.resolve("asset:toy-flux-redux")
-        self.transformer, self.vae, self.redux = (
-            pipeline.load_transformer(folder), pipeline.load_vae(folder), load_redux(redux),
-        )  # fmt: skip
+        self.transformer, self.vae = pipeline.load_transformer(folder), pipeline.load_vae(folder)
+        self.vision, whole = load_siglip(redux / "image_encoder"), load_redux(redux)
+        self.embedder, _ = layers.abstract(lambda rngs: ReduxEmbedder(whole.config.image_embedder, rngs=rngs))
+        self.params = {"transformer": self.transformer.params, "redux": whole.params["image_embedder"]}
         self.processor = ImageProcessor.from_json(redux / "feature_extractor" / "preprocessor_config.json")
         self.schedule = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
         self.settings = fill.Settings(hole_weight=BIRD_WEIGHT, guidance=(1.0, 1.0), time_mean=TIME_MEAN)
 
     def encode(self, rows: Sequence[dict[str, Any]], first: int) -> Arrays:
-        """Latents of diptychs and their Redux tokens."""
-        run = jax.jit(lambda params, pixels: layers.bind(self.redux.graphdef, params)(pixels))
-        latents, _ = fill.make_encoders(self.vae, self.redux)
-        tokens = [np.asarray(run(self.redux.params, self.processor([row["reference"]]))) for row in rows]
-        arrays = fill.encode_rows(rows, latents, lambda pixels: np.concatenate(tokens), self.processor)
+        """Latents of diptychs and SigLIP's patches of their references."""
+        arrays = fill.encode_rows(rows, *fill.make_encoders(self.vae, self.vision), self.processor)
         hole = np.concatenate([np.zeros_like(arrays["hole"]), arrays["hole"]], axis=2)
         numbers = np.arange(first, first + len(rows), dtype=np.uint32)
         return {k: arrays[k] for k in ("picture", "masked", "features")} | {"hole": hole, "sample": numbers}
 
     def loss(self, adapter: Adapter, batch: Arrays, seed: jax.Array) -> jax.Array:
-        """``fill.loss`` with ready Redux tokens."""
+        """``fill.loss`` with draws that depend on ``seed``."""
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), batch["sample"][0]), seed)
         width = self.transformer.config.pooled_projection_dim
-        networks = fill.Networks(self.transformer.graphdef, None, _no_text, TEXT_LENGTH, width)
-        value, _ = fill.loss(networks, {"transformer": self.transformer.params}, batch, key, self.settings, adapter)
+        networks = fill.Networks(self.transformer.graphdef, self.embedder, _no_text, TEXT_LENGTH, width)
+        value, _ = fill.loss(networks, self.params, batch, key, self.settings, adapter)
         return value
 
     def draw(self, adapter: Adapter, batch: Arrays) -> np.ndarray:
@@ -150,9 +149,8 @@ class Fill:
         b, _, h, w = batch["picture"].shape
         grid = (h // 2, w // 2)
         levels = jnp.asarray(flow.sigmas(self.schedule, self.steps, grid[0] * grid[1]))
-        prompt = diptych.prompt(
-            jnp.asarray(batch["features"], jnp.float32), TEXT_LENGTH, self.transformer.config.pooled_projection_dim
-        )
+        tokens = layers.bind(self.embedder, self.params["redux"])(jnp.asarray(batch["features"], jnp.float32))
+        prompt = diptych.prompt(tokens, TEXT_LENGTH, self.transformer.config.pooled_projection_dim)
         mask = diptych.fold_mask(jnp.asarray(batch["hole"], jnp.float32), SIZE // h)
         masked = flow.pack(jnp.asarray(batch["masked"], jnp.float32))
 
@@ -254,7 +252,7 @@ def write_sheet(
         hidden = np.where(rows[i]["hole"][..., None], np.uint8(127), rows[i]["target"])
         lines.append(np.concatenate([rows[i]["reference"], hidden, drawn[i], other[i], rows[i]["target"]], axis=1))
     sheet = np.concatenate(lines)
-    write_image(path, sheet.repeat(4, axis=0).repeat(4, axis=1))
+    write_image(sheet.repeat(4, axis=0).repeat(4, axis=1), path)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -275,9 +273,9 @@ def main(argv: Sequence[str]) -> None:
     held, shuffled = base.encode(held_rows, 0), base.encode(with_other_subjects(held_rows), 0)
     effects, adapter = subject_effect(base, arrays, held, shuffled, args.steps, args.rate)
     found = {"base": args.base, "overfit": overfit(base, arrays, args.overfit_steps, args.rate), "subject": effects}
+    print(json.dumps(found), flush=True)
     if args.sheet:
         write_sheet(args.sheet, base, adapter, held_rows, held, shuffled)
-    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -41,8 +41,7 @@ def arguments(world: Path, config: str, run: Path) -> list[str]:
     values = {"data.root": root, "data.mode": "on_the_fly", "train.workdir": run, "train.steps": 2, "train.batch": 2}
     values |= {"train.sample_every": 0, "train.save_every": 2, "lora.rank": 2, "lora.alpha": 2.0}
     values |= {"train.dtype": "float32", "train.remat": "none", "optim.d0": 1e-3, "sample.batch": 2}
-    name = next(iter(configs.load(config).benchmarks))
-    values[f"benchmarks.{name}"] = root
+    values |= {f"benchmarks.{name}": root for name in configs.load(config).benchmarks}
     if ":toy" not in config:
         values |= {"base.path": world / "base", "conditioning.size": fixtures.SIZE, "conditioning.text_length": 8}
     return ["--config", config, *(f"--config.{key}={value}" for key, value in values.items())]

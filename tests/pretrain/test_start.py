@@ -48,6 +48,14 @@ def test_the_guidance_that_is_built_in_gives_the_same_velocity(folder: Path) -> 
     assert np.abs(velocity(SCHNELL, other, tokens, None) - expected).max() > 1e-3
 
 
+def test_flat_guidance_is_one_scale_at_every_scale(folder: Path) -> None:
+    tokens = jax.random.normal(jax.random.key(2), (2, 4, 16))
+    params = pipeline.load_transformer(folder).params
+    expected, flat = velocity(KONTEXT, params, tokens, SCALE), start.flatten_guidance(params, SCALE)
+    np.testing.assert_allclose(velocity(KONTEXT, flat, tokens, 30.0), expected, rtol=0, atol=1e-5)
+    assert np.abs(velocity(KONTEXT, params, tokens, 30.0) - expected).max() > 1e-3
+
+
 def test_new_input_channels_are_not_looked_at(folder: Path) -> None:
     tokens = jax.random.normal(jax.random.key(2), (2, 4, 28))
     expected = velocity(KONTEXT, pipeline.load_transformer(folder).params, tokens[..., :16], SCALE)
