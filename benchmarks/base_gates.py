@@ -46,7 +46,7 @@ PROMPT, TEXT_LENGTH = "A photo of a bird.", 16
 PAIRS, HELD_OUT, OVERFIT = 1200, 96, 8
 TIME_MEAN, BIRD_WEIGHT = 1.0, 3.0
 
-Arrays = dict[str, np.ndarray]
+Arrays = dict[str, Any]  # NumPy arrays, or traced ones inside a compiled function
 
 
 def draw_pairs(folder: Path, count: int) -> list[dict[str, Any]]:
@@ -85,7 +85,7 @@ class Omini:
         control = np.where(hole[..., None], np.uint8(0), target)
         parts = [
             [
-                np.asarray(run(self.vae.params, api.to_images(p)))
+                np.asarray(run(self.vae.params, jnp.asarray(api.to_images(p))))
                 for p in np.array_split(images, max(len(rows) // 16, 1))
             ]
             for images in (target, subject, control)
