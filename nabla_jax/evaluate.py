@@ -457,7 +457,7 @@ def _score_all(
     work: list[tuple[str, str, str, list[Job]]] = []
     judges = _fingerprint_of_networks(networks)
     known = hashlib.sha256(json.dumps(sorted(trained)).encode()).hexdigest()[:16]
-    distance = distance_from(trained)
+    distance_of = distance_from(trained)
     for name, benchmark in contexts.items():
         other = {}
         if benchmark.oracle is not None:
@@ -490,7 +490,7 @@ def _score_all(
             found = _in_order(found, jobs)
             found = judge.add(found, name, model, inputs, jobs)
             examples = contexts[name].dataset.by_id
-            found = [dataclasses.replace(s, distance=distance(examples[s.target_id])) for s in found]
+            found = [dataclasses.replace(s, distance=distance_of(examples[s.target_id])) for s in found]
             if _is_first():
                 _store_scores(out, name, model, inputs, found)
             scores[name, model] = found

@@ -453,7 +453,6 @@ from nabla_jax.models import layers
 from nabla_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from nabla_jax.checkpoints.pipeline import Component
 from nabla_jax.parallel import mesh as meshes
-from nabla_jax.parallel import mesh as meshes
 from nabla_jax.parallel import processes
 from nabla_jax.prepare import compile_encoder
 mesh = meshes.data_mesh()

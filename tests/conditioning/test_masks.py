@@ -42,9 +42,15 @@ def test_silhouette_and_dilated() -> None:
     np.testing.assert_array_equal(made("dilated", mask), far <= masks.DILATION)
 
 
-def test_box_is_a_box_of_the_drawn_size() -> None:
+def rectangle() -> np.ndarray:
+    """A bird of 100 x 200 pixels amid 400 x 400."""
     mask = np.zeros((400, 400), bool)
     mask[150:250, 100:300] = True
+    return mask
+
+
+def test_box_is_a_box_of_the_drawn_size() -> None:
+    mask = rectangle()
     sizes = []
     for number in range(200):
         found = made("box", mask, number)
@@ -58,8 +64,7 @@ def test_box_is_a_box_of_the_drawn_size() -> None:
 
 
 def test_bezier_bulges_on_every_side_differently() -> None:
-    mask = np.zeros((400, 400), bool)
-    mask[150:250, 100:300] = True
+    mask = rectangle()
     reached = []
     for number in range(60):
         found = made("bezier", mask, number)
