@@ -1,6 +1,6 @@
 """Pictures scored per second beside the PyTorch metric code in one run: ``python -m benchmarks.metrics``.
 
-    python -m benchmarks.metrics --sizes toy base --pictures 500
+    scripts/keep_buffers.sh python -m benchmarks.metrics --sizes toy base --pictures 500
     python -m benchmarks.metrics --values --world data/toybirds/nabirds --pairs 200
 
 Both sides get the same pairs (a generated picture, a target, a mask; two pictures a pair) and the same weights, and
@@ -152,7 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES)
     parser.add_argument("--pictures", type=int, default=500)
-    parser.add_argument("--batch", type=int, default=20, help="pairs at a time")
+    parser.add_argument("--batch", type=int, default=10, help="pairs at a time")
     parser.add_argument("--side", type=int, default=224, help="longer side of the pictures of base size in pixels")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch")
     parser.add_argument("--values", action="store_true", help="compare values instead of speed")

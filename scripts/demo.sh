@@ -10,9 +10,6 @@ seed=${WORLD_SEED:-0}
 [[ $seed =~ ^[0-9]+$ ]] || { echo "WORLD_SEED: found '$seed', expected a whole number" >&2; exit 2; }
 python=${PYTHON:-python3}
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}
-# XLA frees and asks again for large buffers at every step: keeping them, on huge pages, saves a quarter of the time.
-export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-1000000000000}
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 
 run=runs/demo/world-$seed
@@ -38,7 +35,7 @@ fi
 step() {
     echo "--- $1"
     shift
-    "$python" -m "$@"
+    scripts/keep_buffers.sh "$python" -m "$@"
 }
 
 step "a world of birds: $world" nabla_jax.toybirds --out "$world" --seed "$seed"

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -308,16 +309,15 @@ def _distances(networks: Networks, a: Sequence[Array], b: Sequence[Array]) -> Ar
     distances = np.zeros(len(a), np.float32)
     for (height, width), places in canvases.items():
         # VGG keeps hundreds of bytes for every pixel: large pictures go through in smaller batches.
-        batch = _fitting(networks.batch, height * width)
-        for part in _slices(len(places), batch):
-            own = places[part]
+        remaining = iter(places)
+        for rows in _portions(len(places), _fitting(networks.batch, height * width)):
+            own = list(itertools.islice(remaining, rows))
             canvas = np.zeros((2, len(own), height, width, 3), np.uint8)
             sizes = np.array([a[i].shape[:2] for i in own], np.int32)
             for row, i in enumerate(own):
                 for side, picture in enumerate((a[i], b[i])):
                     canvas[side, row, : picture.shape[0], : picture.shape[1]] = picture
             inputs = (lpips_pixels(canvas[0]), lpips_pixels(canvas[1]), sizes)
-            rows = _rung(len(own), batch)
             distances[own] = networks.lpips(*(_padded(x, rows) for x in inputs))[: len(own)]
     return distances
 
@@ -333,11 +333,14 @@ def _fitting(batch: int, pixels: int) -> int:
     return max(min(batch, batch * 224 * 224 // pixels) // count, 1) * count
 
 
-def _rung(count: int, batch: int) -> int:
-    """``count`` rounded up to eighths of ``batch``: a few of each size are common, and VGG too dear to fill a batch."""
+def _portions(count: int, batch: int) -> list[int]:
+    """Sizes of the batches that ``count`` pairs go through in: full ones, then a power of two a device for each bit of
+    the rest. A few of each size are common, VGG is too dear to fill a batch, and a program for every count too many.
+    """
     devices = len(jax.local_devices())
-    step = -(-batch // 8 // devices) * devices
-    return min(-(-count // step) * step, batch)
+    full, rest = divmod(count, batch)
+    shares = -(-rest // devices)
+    return [batch] * full + [devices << bit for bit in reversed(range(shares.bit_length())) if shares >> bit & 1]
 
 
 def _padded(rows: Array, batch: int) -> Array:

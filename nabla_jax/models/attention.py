@@ -64,13 +64,15 @@ def _softmax_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, scale: float | None, valid: jax.Array | None
 ) -> jax.Array:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    # Heads before tokens: on two CPU cores both products and their gradients took two thirds of the time.
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
     # float32 scores: differences of large bfloat16 scores decide the softmax.
-    scores = jnp.einsum("bshd,bthd->bhst", q, k, preferred_element_type=jnp.float32) * scale
+    scores = jnp.einsum("bhsd,bhtd->bhst", q, k, preferred_element_type=jnp.float32) * scale
     if valid is not None:
         # Finite: a sample of which every key is padding gets a mean that nobody reads, not a NaN that spreads.
         scores = jnp.where(valid[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhst,bthd->bshd", weights, v)
+    return jnp.einsum("bhst,bhtd->bhsd", weights, v).transpose(0, 2, 1, 3)
 
 
 def _chunked(q: jax.Array, k: jax.Array, v: jax.Array, scale: float | None, valid: jax.Array | None) -> jax.Array:
