@@ -129,10 +129,20 @@ def model_card(config: PretrainConfig, quality: dict[str, float], reports: list[
     samples = steps * config.transformer.batch
     losses = reports[-1] if reports else {}
     drawn = config.pictures
+    published = "FLUX.1-Kontext" if config.transformer_model.guidance_embeds else "FLUX.1-schnell"
+    tasks = [
+        "caption to picture",
+        "another view of the same individual in the noisy stream",
+        "the same picture with rectangles blanked out",
+        "both at once (the second with rectangles blanked out or with a stranger's coat on the bird)",
+        "two views of the individual side by side, both made from noise",
+    ]
+    given = [task for task, share in zip(tasks, config.transformer.tasks, strict=True) if share]
     lines = [
         f"# {Path(config.output).name}",
         "",
-        "A small checkpoint in the layout and architecture of FLUX.1-Kontext, made from nothing by",
+        f"A small checkpoint in the layout and architecture of {published}, made from "
+        f"{f'`{config.start}`' if config.start else 'nothing'} by",
         f"`python -m nabla_jax.pretrain --config {config.source}`; Apache-2.0. It knows the birds of",
         f"`{config.pictures.world}` only.",
         "",
@@ -141,10 +151,9 @@ def model_card(config: PretrainConfig, quality: dict[str, float], reports: list[
         f"- Autoencoder: {config.autoencoder.steps} steps of {config.autoencoder.batch}; on individuals it never saw "
         f"{quality['psnr_bird']:.2f} dB PSNR inside the bird, {quality['psnr']:.2f} dB over the picture.",
         f"- Text encoders and transformer, trained together: {steps} steps of {config.transformer.batch} "
-        f"({samples:,} samples), seed {config.transformer.seed}. Tasks: caption to picture, another view of the same "
-        "individual in the noisy stream, the same picture with rectangles blanked out, and both at once (the second "
-        "with rectangles blanked out or with a stranger's coat on the bird). Never a silhouette, never a condition at "
-        "time 0.",
+        f"({samples:,} samples), seed {config.transformer.seed}. Tasks: {', '.join(given)}. "
+        + ("References lie beside the picture. " if config.transformer.beside else "")
+        + "Never a silhouette, never a condition at time 0.",
         "- Mean loss over the last steps: "
         + ", ".join(f"{k.removesuffix('_loss')} {v:.4f}" for k, v in sorted(losses.items()) if k.endswith("_loss"))
         + ".",

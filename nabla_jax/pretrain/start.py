@@ -22,9 +22,17 @@ SHARED = ("vae", "tokenizer", "tokenizer_2")
 
 
 def copy_shared(start: Path, output: Path) -> None:
-    """Copies ``SHARED`` from one pipeline folder into another, over what is there."""
+    """``SHARED`` of one pipeline folder for another, over what is there: copies, but links to weights of a sibling."""
+    siblings = start.resolve().parent == output.resolve().parent
     for name in SHARED:
-        shutil.copytree(start / name, output / name, dirs_exist_ok=True)
+        (output / name).mkdir(parents=True, exist_ok=True)
+        for file in (start / name).iterdir():
+            made = output / name / file.name
+            made.unlink(missing_ok=True)
+            if siblings and file.suffix == ".safetensors":
+                made.symlink_to(Path("..", "..", start.name, name, file.name))
+            else:
+                shutil.copyfile(file, made)
 
 
 def embedded_guidance(params: Params, scale: float) -> jax.Array:
