@@ -122,9 +122,15 @@ def target_placement(mask: Array, size: int, window: float) -> Placement:
 
 
 def repaint_canvas(mask: Array, placement: Placement) -> Array:
-    """The part to repaint [H, W] bool as placed on the canvas: [size, size] uint8, 1 is repainted."""
-    grey = placement.apply(mask.astype(np.uint8) * np.uint8(255), BLACK, "bilinear")
-    return (grey > 127).astype(np.uint8)
+    """The part to repaint [H, W] bool as placed on the canvas: [size, size] uint8, 1 is repainted.
+
+    Of a bird smaller than a pixel of the canvas every pixel that it touches.
+    """
+    white = mask.astype(np.uint8) * np.uint8(255)
+    inside = placement.apply(white, BLACK, "bilinear") > 127
+    if not inside.any():
+        inside = placement.apply(white.astype(np.float32), BLACK, "area") > 0
+    return inside.astype(np.uint8)
 
 
 def subject_canvas(image: Array, mask: Array, size: int, expansion: float = 1.0) -> Canvas:
