@@ -74,9 +74,7 @@ class Method:
         """
         index = 2 if self.name == "native" else 0
         return [
-            omini.Condition(
-                subject, omini.subject_ids(*grid, kontext=self.kontext, scale=self.compact), self.adapter
-            ),
+            omini.Condition(subject, omini.subject_ids(*grid, kontext=self.kontext, scale=self.compact), self.adapter),
             omini.Condition(
                 control, omini.grid_ids(*grid, index=index, scale=self.compact), self.control_adapter or self.adapter
             ),

@@ -204,7 +204,9 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
         train.main(arguments(tmp_path, data__prepared=str(fixtures.prepared_root() / "prepared")))
     with pytest.raises(UserError, match="conditioning.compact: 2 there, 1 here"):
         train.main(arguments(tmp_path, conditioning__compact=1, data__prepared=str(folder / "prepared")))
-    with pytest.raises(UserError, match=r"conditioning\.compact: found 3, expected a divisor of conditioning\.size, 32"):
+    with pytest.raises(
+        UserError, match=r"conditioning\.compact: found 3, expected a divisor of conditioning\.size, 32"
+    ):
         train.main(arguments(tmp_path, conditioning__compact=3))
     with pytest.raises(UserError, match=r"conditioning\.compact: found 0, expected more than 0"):
         train.main(arguments(tmp_path, conditioning__compact=0))

@@ -15,8 +15,8 @@ from diffusers import FluxTransformer2DModel
 from safetensors.numpy import load_file
 
 import nabla_jax
-from nabla_jax import draws, evaluate, flow, generate, reposing, runs, train, training
 from nabla_jax import config as configs
+from nabla_jax import draws, evaluate, flow, generate, reposing, runs, train, training
 from nabla_jax.checkpoints import adapters
 from nabla_jax.checkpoints.merge import merge_adapter
 from nabla_jax.config import Conditioning, Sample
