@@ -281,8 +281,9 @@ def make_loader(
     log variance; of compact conditions fewer), mask [B, h, w] float32 (the target's foreground coverage, 0..1),
     prompt_embeds [B, T, d], pooled [B, p] float32 (read-only), sample [B] int64 (position in the stream),
     subject_index, target_index [B] int64 (positions of the pictures), level [B] int64 (the finest of
-    ``pairs.LEVELS`` that the two share), caption [B] int64 (row of the target's caption). For method insert: target, subject [B, 3, S, S] uint8, and instead of
-    the control repaint [B, S, S] uint8, 1 where the target is to be repainted.
+    ``pairs.LEVELS`` that the two share), caption [B] int64 (row of the target's caption). For method insert: target,
+    subject [B, 3, S, S] uint8, and instead of the control repaint [B, S, S] uint8, 1 where the target is to be
+    repainted.
 
     Raises UserError for a damaged folder, an unknown sampler or control, or classes without two pictures.
     """
