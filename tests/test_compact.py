@@ -211,7 +211,7 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"conditioning\.compact: found 0, expected more than 0"):
         train.main(arguments(tmp_path, conditioning__compact=0))
     with pytest.raises(UserError, match=r"compact: found 4 for conditioning\.size 32, .* a multiple of 16 pixels"):
-        train.main(arguments(tmp_path, conditioning__compact=4))
+        train.main(arguments(tmp_path, conditioning__compact=4, data__mode="on_the_fly"))
     conditioning = configs.Conditioning(size=SIZE, text_length=8, compact=4)
     with pytest.raises(UserError, match=r"compact: found 4 for conditioning\.size 32"):
         nabla_jax.load(fixtures.prepared_root() / "base", conditioning=conditioning)
