@@ -424,11 +424,13 @@ def _maker(reposer: "api.Reposer", work: Work, config: configs.Config) -> Callab
         target = controls.read_view(examples[pair.target_id], reposer.conditioning.control)
         key = f"{work.name}/{pair.key}"
         caption = examples[pair.target_id].caption
-        sibling = controls.read_view(examples[work.siblings[pair.key]], "fill") if work.siblings else None
-        return api.Job(
-            key, subject.image, subject.mask, target.image, target.mask, target.depth, target.keypoints, caption,
-            sibling and sibling.image, sibling and sibling.mask,
-        )  # fmt: skip
+        found = api.Job(
+            key, subject.image, subject.mask, target.image, target.mask, target.depth, target.keypoints, caption
+        )
+        if not work.siblings:
+            return found
+        sibling = controls.read_view(examples[work.siblings[pair.key]], "fill")
+        return dataclasses.replace(found, sibling=sibling.image, sibling_mask=sibling.mask)
 
     def make(pairs: Sequence["Pair"]) -> list[Made]:
         jobs = [job(pair) for pair in pairs]
