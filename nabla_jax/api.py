@@ -34,7 +34,7 @@ from nabla_jax.parallel import mesh as meshes
 Array = np.ndarray[Any, Any]
 Picture = Array | Image.Image | str | os.PathLike[str]
 NO_ADAPTER = "none"
-APPLIES_TO: dict[str, Literal["condition", "all"]] = {"omini": "condition", "insert": "all"}
+APPLIES_TO: dict[str, Literal["condition", "all"]] = {"omini": "condition", "native": "all", "insert": "all"}
 """By method, the tokens that its adapters act on."""
 
 
@@ -49,6 +49,8 @@ class Job:
       target_depth: [H, W] uint8, near is bright; only control depth needs it.
       target_keypoints: [parts, 3] int (row, column, visible); only control keypoints needs it.
       target_caption: only caption policy background needs it.
+      sibling, sibling_mask: picture [H, W, 3] uint8 of a related bird and its mask [H, W]; only sibling guidance needs
+        them.
     """
 
     key: str
@@ -59,6 +61,8 @@ class Job:
     target_depth: Array | None = None
     target_keypoints: Array | None = None
     target_caption: str | None = None
+    sibling: Array | None = None
+    sibling_mask: Array | None = None
 
     @property
     def target_view(self) -> controls.View:
@@ -103,9 +107,12 @@ class Reposer:
         target_depth: Picture | None = None,
         target_keypoints: Array | str | os.PathLike[str] | None = None,
         target_caption: str | None = None,
+        sibling: Picture | None = None,
+        sibling_mask: Picture | None = None,
         seed: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        sibling_guidance: float | None = None,
         key: str = "",
     ) -> Image.Image:
         """The subject's bird in the target's pose and surroundings, at the target's size.
@@ -117,13 +124,23 @@ class Reposer:
           target_keypoints: [11, 3] (row, column, visible) or a file (see ``controls.read_keypoints``); for adapters
             with control keypoints.
           target_caption: what is to be seen round the bird; for adapters with caption policy background.
+          sibling, sibling_mask: a bird of a related species and its silhouette, for sibling guidance.
           seed: with ``key`` it fixes the result; default as configured.
           steps: Euler steps; default as configured.
           guidance: scale; default as configured.
+          sibling_guidance: how strongly the subject is followed, against the sibling; default as configured. 1 needs no
+            sibling, anything else takes twice the time.
 
-        Raises UserError for a picture that cannot be read, a mask of another size, and an empty mask.
+        Raises UserError for a picture that cannot be read, a mask of another size, an empty mask, and sibling guidance
+        without a sibling.
         """
         subject_pixels, target_pixels = _pixels(subject, "subject"), _pixels(target, "target")
+        if (sibling is None) != (sibling_mask is None):
+            raise UserError("sibling: found one of sibling and sibling_mask, expected both or none")
+        sibling_pixels = sibling_silhouette = None
+        if sibling is not None and sibling_mask is not None:
+            sibling_pixels = _pixels(sibling, "sibling")
+            sibling_silhouette = _mask(sibling_mask, sibling_pixels, "sibling_mask")
         job = Job(
             key,
             subject_pixels,
@@ -133,13 +150,19 @@ class Reposer:
             None if target_depth is None else _depth(target_depth, target_pixels, "target_depth"),
             None if target_keypoints is None else _keypoints(target_keypoints, target_pixels, "target_keypoints"),
             target_caption,
+            sibling_pixels,
+            sibling_silhouette,
         )
-        sample = self.sample_settings(seed, steps, guidance)
+        sample = self.sample_settings(seed, steps, guidance, sibling_guidance)
         (result, _), *_ = self.repose_batch([job], dataclasses.replace(sample, batch=self.mesh.size))
         return Image.fromarray(result)
 
     def sample_settings(
-        self, seed: int | None = None, steps: int | None = None, guidance: float | None = None
+        self,
+        seed: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        sibling_guidance: float | None = None,
     ) -> Sample:
         """The configured settings with those that are given replaced."""
         default = self.defaults
@@ -148,6 +171,7 @@ class Reposer:
             seed=default.seed if seed is None else seed,
             steps=default.steps if steps is None else steps,
             guidance=default.guidance if guidance is None else guidance,
+            sibling_guidance=default.sibling_guidance if sibling_guidance is None else sibling_guidance,
         )
 
     def repose_batch(self, jobs: Sequence[Job], sample: Sample) -> list[tuple[Array, Placement]]:
@@ -155,19 +179,19 @@ class Reposer:
 
         With method insert the target lies there with a window round its bird; the rest of the picture stays as it is.
         Runs one compiled program for batches of ``sample.batch``: shorter lists are padded by repeating the
-        last job.
+        last job. Raises UserError for sibling guidance of a job without a sibling.
         """
         if not 0 < len(jobs) <= sample.batch:
             raise ValueError(f"{len(jobs)} jobs, expected 1 to {sample.batch}")
         meshes.check_batch(sample.batch, self.mesh, "sample.batch")
         if self.diptychs is not None:
             return self._repose_diptychs(jobs, sample, self.diptychs)
-        size = self.conditioning.size
         canvases = []
         for job in jobs:
-            subject = controls.subject_canvas(job.subject, job.subject_mask, size)
+            subject = controls.subject_canvas(job.subject, job.subject_mask, self.conditioning.condition_size)
             control = controls.control_canvas(job.target_view, self.conditioning)
-            canvases.append((subject.pixels, control.pixels, control.placement))
+            placement = controls.target_placement(job.target_mask, self.conditioning.size, 0)
+            canvases.append((subject.pixels, control.pixels, placement))
         padded = [*canvases, *canvases[-1:] * (sample.batch - len(canvases))]
         embeds, pooled = self._text(jobs, sample.batch)
         batch = {
@@ -177,8 +201,16 @@ class Reposer:
             "prompt_embeds": embeds,
             "pooled": pooled,
         }
+        if sample.sibling_guidance != 1:
+            siblings = [self._sibling_pixels(job) for job in jobs]
+            batch["sibling"] = self._moments([*siblings, *siblings[-1:] * (sample.batch - len(siblings))])
         images = self.draw(batch, sample)
         return [(c[2].invert(image), c[2]) for image, c in zip(images, canvases, strict=False)]
+
+    def _sibling_pixels(self, job: Job) -> Array:
+        if job.sibling is None or job.sibling_mask is None:
+            raise UserError("sibling_guidance: found no sibling, expected the picture and mask of a related bird")
+        return controls.subject_canvas(job.sibling, job.sibling_mask, self.conditioning.condition_size).pixels
 
     def _repose_diptychs(
         self, jobs: Sequence[Job], sample: Sample, encoder: DiptychEncoder
@@ -203,15 +235,17 @@ class Reposer:
 
     def draw(self, batch: reposing.Batch, sample: Sample) -> Array:
         """Pictures [B, size, size, 3] uint8, or diptychs twice as wide; for ``batch`` see ``reposing.sample``."""
-        height, width = np.shape(batch[self.method.pictures[0]])[-2:]
+        height, width = self.method.latent_size(batch)
         levels = flow.sigmas(self.schedule, sample.steps, height * width // flow.path.PATCH**2)
         with jax.set_mesh(self.mesh):
             inputs = {name: value for name, value in batch.items() if name not in ("target", "mask")}
-            image_guidance = []
+            image_guidance = sibling_guidance = None
             if sample.image_guidance != 1:
-                size = self.conditioning.size
+                size = self.conditioning.condition_size
                 inputs["empty"] = self._moments([np.zeros((size, size, 3), np.uint8)] * len(inputs["sample"]))
-                image_guidance = [jnp.float32(sample.image_guidance)]
+                image_guidance = jnp.float32(sample.image_guidance)
+            if sample.sibling_guidance != 1:
+                sibling_guidance = jnp.float32(sample.sibling_guidance)
             latents = self.sampler(
                 self.base,
                 self.adapters,
@@ -219,7 +253,8 @@ class Reposer:
                 jnp.asarray(levels),
                 jnp.float32(sample.guidance),
                 jnp.uint32(sample.seed),
-                *image_guidance,
+                image_guidance,
+                sibling_guidance,
             )
             return to_pixels(self.decode(self.vae.params, latents))
 
@@ -288,9 +323,12 @@ def load(
         check_adapter(adapter_path, metadata, folder, base_sha256, conditioning)
     conditioning = conditioning or _conditioning(metadata, adapter_path)
     pipeline.check_channels(folder, method_name(conditioning))
+    pipeline.check_sides(folder, conditioning.size, conditioning.compact)
     redux_path = find_redux(redux, metadata, adapter_path) if conditioning.method == "insert" else None
-    if redux_path is not None and control_adapter is not None:
-        raise UserError(f"{control_adapter}: method insert has no control with an adapter of its own, expected none")
+    if conditioning.method != "omini" and control_adapter is not None:
+        raise UserError(
+            f"{control_adapter}: method {conditioning.method} has no control with an adapter of its own, expected none"
+        )
     control_path = None if control_adapter is None else find_adapter(control_adapter)
     if control_path is not None:
         if adapter_path is None:
@@ -383,14 +421,22 @@ def make_method(
         control_adapter=control_adapter,
         kontext=kontext,
         name=method_name(conditioning),
+        compact=conditioning.compact,
     )
 
 
 def method_name(conditioning: Conditioning) -> reposing.Name:
-    """``conditioning.method``. Raises UserError for an unknown one."""
-    names: dict[str, reposing.Name] = {"omini": "omini", "insert": "insert"}
+    """``conditioning.method``. Raises UserError for an unknown one, and for one that cannot have the rest."""
+    names: dict[str, reposing.Name] = {"omini": "omini", "native": "native", "insert": "insert"}
     if conditioning.method not in names:
         raise UserError(f"conditioning.method: found {conditioning.method!r}, expected {' or '.join(names)}")
+    if conditioning.method != "omini" and conditioning.independent_conditions:
+        raise UserError(
+            f"independent_conditions: found true, expected false for method {conditioning.method}: only omini's "
+            "conditions are streams of their own"
+        )
+    if conditioning.method == "insert" and conditioning.compact != 1:
+        raise UserError(f"compact: found {conditioning.compact}, expected 1 for method insert: it has no conditions")
     return names[conditioning.method]
 
 
@@ -456,7 +502,7 @@ def check_adapter(
     if metadata.method == "insert":
         fields = ["text_length", "size", "mask_policies", "expansion", "window"]
     else:
-        fields = ["control", "caption", "prompt", "text_length", "size", "independent_conditions"]
+        fields = ["control", "caption", "prompt", "text_length", "size", "independent_conditions", "compact"]
     if metadata.control == "keypoints":
         fields += ["skeleton", "dot", "line"]
     for field in fields:
@@ -534,6 +580,11 @@ def check_cache(cache: bool | None, conditioning: Conditioning, path: Path | Non
     """Raises UserError if the condition cache is asked for, or refused, against what the adapter was trained with."""
     if cache is None or cache == conditioning.independent_conditions:
         return
+    if conditioning.method != "omini":
+        raise UserError(
+            f"{path or 'the bare base'}: condition cache: method {conditioning.method} has no conditions apart from "
+            "what is made, so that nothing stays the same from step to step; expected no cache"
+        )
     found = "true" if conditioning.independent_conditions else "false"
     reason = (
         "its conditions see text and noise, so that their keys and values change from step to step"
@@ -563,6 +614,7 @@ def _conditioning(metadata: adapter_files.AdapterMetadata | None, path: Path | N
         prompt=metadata.prompt,
         text_length=metadata.text_length,
         independent_conditions=metadata.independent_conditions,
+        compact=metadata.compact,
         method=metadata.method,
         **({name: getattr(metadata, name) for name in ("mask_policies", "expansion", "window")} if insert else {}),
     )

@@ -69,11 +69,19 @@ class Conditioning:
     prompt: str = "A photo of a bird."
     text_length: int = 512  # T5 tokens
     independent_conditions: bool = False  # conditions attend to themselves only
-    method: str = "omini"  # conditions as tokens of their own; insert: a diptych that FLUX.1-Fill repaints
+    compact: int = 1  # subject and control are encoded at size // compact, and their positions scaled up
+    # Conditions as tokens of their own; native: references in the noise's own stream, as FLUX.1-Kontext's are; insert:
+    # a diptych that FLUX.1-Fill repaints.
+    method: str = "omini"
     # The next three are for method insert alone: what it is trained with. What it draws with: see Sample.
     mask_policies: tuple[str, ...] = ("silhouette", "dilated", "box", "bezier")  # one drawn for each sample
     expansion: tuple[float, float] = (1.1, 1.4)  # the subject's box is padded by a factor drawn between these
     window: float = 0.0  # a square round the bird, so many times its box; 0: the whole picture
+
+    @property
+    def condition_size(self) -> int:
+        """Side in pixels of the canvases of subject and control."""
+        return self.size // self.compact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +161,7 @@ class Sample:
     image_guidance: float = (
         1.0  # how strongly the pictures are followed, against black ones; other than 1: twice the work
     )
+    sibling_guidance: float = 1.0  # how strongly the subject is, against a related species; other than 1: the same
     # The rest is for method insert alone.
     mask_policy: str = "silhouette"  # the policy by which the part to repaint is made from the bird's silhouette
     expansion: float = 1.3  # the subject's box is padded by this factor
@@ -205,7 +214,7 @@ T = typing.TypeVar("T")
 Verb = typing.Literal["prepare", "train", "generate", "evaluate"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "conditioning.method": ("omini", "insert"),
+    "conditioning.method": ("omini", "native", "insert"),
     "conditioning.control": ("fill", "depth", "keypoints"),
     "conditioning.skeleton": ("dense", "sparse", "dots"),
     "conditioning.caption": ("fixed", "background"),
@@ -488,7 +497,7 @@ def _check_ranges(config: Config, where: str) -> None:
         if flat[key] not in choices:
             raise UserError(f"{where}: {key}: found {flat[key]!r}, expected one of {', '.join(choices)}")
     positive = (
-        "conditioning.size conditioning.dot conditioning.line conditioning.text_length "
+        "conditioning.size conditioning.compact conditioning.dot conditioning.line conditioning.text_length "
         "lora.rank lora.alpha optim.lr optim.d0 optim.clip "
         "train.steps train.batch train.log_every train.save_every train.foreground_weight sample.steps sample.batch "
         "extract.caption_tokens"
@@ -520,6 +529,21 @@ def _check_ranges(config: Config, where: str) -> None:
         raise UserError(
             f"{where}: conditioning.size: found {config.conditioning.size}, expected a multiple of 16 "
             "(8 pixels a latent, 2 latents a token)"
+        )
+    if config.conditioning.size % config.conditioning.compact:
+        raise UserError(
+            f"{where}: conditioning.compact: found {config.conditioning.compact}, expected a divisor of "
+            f"conditioning.size, {config.conditioning.size}"
+        )
+    if config.sample.image_guidance != 1 and config.sample.sibling_guidance != 1:
+        raise UserError(
+            f"{where}: sample.sibling_guidance: found {config.sample.sibling_guidance} beside sample.image_guidance "
+            f"{config.sample.image_guidance}, expected 1.0 for one of them"
+        )
+    if config.conditioning.method == "native" and config.conditioning.independent_conditions:
+        raise UserError(
+            f"{where}: conditioning.independent_conditions: found True, expected False for method native: its "
+            "references are in the noise's own stream"
         )
     _check_diptych(config, where)
     if config.conditioning.method == "insert":
@@ -555,7 +579,9 @@ def _check_insert(config: Config, where: str) -> None:
         ("conditioning.caption", config.conditioning.caption, "fixed", "the subject's picture takes the text's place"),
         ("conditioning.prompt", config.conditioning.prompt, "", "the subject's picture takes the text's place"),
         ("conditioning.independent_conditions", config.conditioning.independent_conditions, False, "it has none"),
+        ("conditioning.compact", config.conditioning.compact, 1, "it has none"),
         ("sample.image_guidance", config.sample.image_guidance, 1.0, "it has no conditions to leave out"),
+        ("sample.sibling_guidance", config.sample.sibling_guidance, 1.0, "it has no conditions to leave out"),
     )
     for key, found, expected, why in needed:
         if found != expected:
@@ -624,6 +650,7 @@ def check_method(config: Config) -> None:
 
     folder, method = resolve_base(config), config.conditioning.method
     pipeline.check_channels(folder, method)
+    pipeline.check_sides(folder, config.conditioning.size, config.conditioning.compact)
     if method == "insert":
         width = pipeline.transformer_config(folder).joint_attention_dim
         transformers_folder.check_redux(assets.resolve(config.base.redux), width)

@@ -1,9 +1,10 @@
 """The methods as pure functions: from VAE moments of what the model is shown to a loss or to a new picture.
 
-``omini`` shows subject and control as tokens beside the noise; ``insert`` shows a diptych with a hole, and the hole's
-mask, as further channels of the noise. All else is one and the same. Training, the samples drawn during training and
-generation all run these functions. Letters in shapes: B batch, C latent channels, h w latent height and width (of the
-whole diptych), N tokens (h/2 * w/2), T text tokens (of ``insert``: an empty text and the subject's Redux tokens).
+``omini`` shows subject and control as tokens beside the noise, at time 0; ``native`` shows them in the noise's own
+stream, at its time, as FLUX.1-Kontext's references; ``insert`` shows a diptych with a hole, and the hole's mask, as
+further channels of the noise. All else is one and the same. Training, the samples drawn during training and generation
+all run these functions. Letters in shapes: B batch, C latent channels, h w latent height and width (of the whole
+diptych), N tokens (h/2 * w/2), T text tokens (of ``insert``: an empty text and the subject's Redux tokens).
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from nabla_jax.models.lora import Adapter
 
 Adapters = dict[str, Adapter]
 Batch = Mapping[str, Any]
-Name = Literal["omini", "insert"]
+Name = Literal["omini", "native", "insert"]
 Shown = Sequence[omini.Condition] | flux.Memory | diptych.Masked
 """What the model is shown beside noise and text: subject and control, what is remembered of them, or a hole."""
 
@@ -36,10 +37,12 @@ class Method:
     Attributes:
       transformer: graph of the FLUX transformer.
       vae: the autoencoder's configuration.
-      adapter: name of the adapter on both conditions, or None for the bare base.
+      adapter: name of the adapter on both conditions (omini) or on everything, or None for the bare base.
       control_adapter: name of the control's adapter where it is another than the subject's; None where it is not.
       kontext: whether the base knows a second picture, as FLUX.1-Kontext does (see ``omini.subject_ids``).
-      name: omini, or insert for the diptych; the latter has no conditions, and its adapter acts on everything.
+      name: omini; native, whose adapter acts on everything; or insert for the diptych, which has no conditions, and
+        whose adapter acts on everything too.
+      compact: subject and control have 1 / compact of the resolution of what is made.
       independent: conditions see themselves only; sampling then computes their keys and values once.
       guidance_embeds: whether the transformer takes a guidance scale.
       dtype: of matrix products.
@@ -56,6 +59,7 @@ class Method:
     control_adapter: str | None = None
     kontext: bool = True
     name: Name = "omini"
+    compact: int = 1
 
     @property
     def pictures(self) -> tuple[str, ...]:
@@ -63,11 +67,23 @@ class Method:
         return ("masked",) if self.name == "insert" else ("subject", "control")
 
     def conditions(self, subject: jax.Array, control: jax.Array, grid: tuple[int, int]) -> list[omini.Condition]:
-        """Subject and control, packed latents [B, N, 4C], on a grid (height, width) in tokens."""
+        """Subject and control, packed latents [B, N, 4C], on their own grid (height, width) in tokens.
+
+        The control shares the noise's positions; only in the noise's own stream must it be told apart from the noise:
+        there it is picture 2.
+        """
+        index = 2 if self.name == "native" else 0
         return [
-            omini.Condition(subject, omini.subject_ids(*grid, kontext=self.kontext), self.adapter),
-            omini.Condition(control, omini.grid_ids(*grid), self.control_adapter or self.adapter),
+            omini.Condition(subject, omini.subject_ids(*grid, kontext=self.kontext, scale=self.compact), self.adapter),
+            omini.Condition(
+                control, omini.grid_ids(*grid, index=index, scale=self.compact), self.control_adapter or self.adapter
+            ),
         ]
+
+    def latent_size(self, batch: Batch) -> tuple[int, int]:
+        """(height, width) of the latents that are drawn when ``batch`` is what the model is shown, see ``sample``."""
+        height, width = np.shape(batch[self.pictures[0]])[-2:]
+        return height * self.compact, width * self.compact
 
 
 def predict(
@@ -100,6 +116,11 @@ def predict(
         branches = diptych.branches(
             *text, noisy, shown.tokens, shown.mask, grid, time, guidance=scale, adapter=shown.adapter
         )
+    elif method.name == "native" and not isinstance(shown, flux.Memory):
+        references = [(condition.tokens, np.asarray(condition.ids)) for condition in shown]
+        branches = omini.native(
+            *text, noisy, omini.grid_ids(*grid), time, guidance=scale, references=references, adapter=method.adapter
+        )
     else:
         branches = omini.branches(
             *text,
@@ -111,7 +132,9 @@ def predict(
             independent=method.independent,
         )
     model = layers.bind(method.transformer, base)
-    return model(branches, adapters=adapters, memory=memory, dtype=jnp.dtype(method.dtype), remat=method.remat)
+    found = model(branches, adapters=adapters, memory=memory, dtype=jnp.dtype(method.dtype), remat=method.remat)
+    # References in the noise's own stream have a velocity too, which belongs to nothing that is drawn.
+    return found[:, : noisy.shape[1]] if method.name == "native" else found
 
 
 def remember(
@@ -121,6 +144,11 @@ def remember(
 
     Raises UserError for a method whose conditions are not independent: they were trained to see text and noise.
     """
+    if method.name == "native":
+        raise UserError(
+            "condition cache: method native has its references in the noise's own stream, so that their keys and "
+            "values change from step to step, expected none"
+        )
     if not method.independent:
         raise UserError(
             "condition cache: found independent_conditions false, expected true: the adapter's conditions see text and "
@@ -170,10 +198,10 @@ def loss(
     """Mean squared error of the velocity at a random point of each sample's path; float32 scalar.
 
     Args:
-      batch: ``target`` and ``Method.pictures`` (``subject`` and ``control``, or ``masked``) VAE moments [B, 2C, h, w];
-        of a diptych ``repaint`` [B, N, 4 factor**2], see ``diptych.fold_mask``; ``prompt_embeds`` [B, T, E];
-        ``pooled`` [B, P]; ``mask`` [B, h, w], the target's foreground coverage in [0, 1]; ``sample`` [B], the numbers
-        that every draw is folded with.
+      batch: ``target`` and ``Method.pictures`` (``subject`` and ``control``, or ``masked``) VAE moments [B, 2C, h, w],
+        of compact conditions [B, 2C, h / compact, w / compact]; of a diptych ``repaint`` [B, N, 4 factor**2], see
+        ``diptych.fold_mask``; ``prompt_embeds`` [B, T, E]; ``pooled`` [B, P]; ``mask`` [B, h, w], the target's
+        foreground coverage in [0, 1]; ``sample`` [B], the numbers that every draw is folded with.
       seed: of the run.
       guidance: scale on text and noise.
       time_mean: mean of the logit of the times; the reference system has 0.
@@ -219,29 +247,36 @@ def sample(
     guidance: jax.Array,
     seed: jax.Array,
     image_guidance: jax.Array | None = None,
+    sibling_guidance: jax.Array | None = None,
 ) -> jax.Array:
     """Draws the latents of a batch of pictures by Euler's method, as one scan.
 
     Args:
-      batch: as for ``loss``, without ``target`` and ``mask``; ``empty`` moments [B, 2C, h, w] of black pictures where
-        image guidance is asked for.
+      batch: as for ``loss``, without ``target`` and ``mask``; moments of the subject's size of black pictures,
+        ``empty``, where image guidance is asked for, and of siblings' pictures, ``sibling``, where theirs is.
       sigmas: [steps + 1] noise levels from 1 down to 0.
       guidance: float32 scalar or [B].
       seed: integer scalar; with the number of a picture it fixes the picture.
       image_guidance: float32 scalar or None: how strongly the conditions are followed, against black pictures in
         their places; twice the work (see ``omini.image_guided``).
+      sibling_guidance: float32 scalar or None: how strongly the subject is followed, against a sibling in its place
+        and under the same control: at 0 the sibling is drawn, at 1 the subject, beyond 1 what tells it from the
+        sibling is exaggerated. Twice the work.
 
     Returns:
       Scaled latents [B, C, h, w] float32.
 
     Raises:
-      UserError: image guidance of a method without conditions.
+      UserError: image or sibling guidance of a method without conditions, or both of them.
     """
-    if method.name == "insert" and image_guidance is not None:
-        raise UserError("image_guidance: method insert has no conditions to leave out, expected 1")
+    for name, guided in (("image_guidance", image_guidance), ("sibling_guidance", sibling_guidance)):
+        if method.name == "insert" and guided is not None:
+            raise UserError(f"{name}: method insert has no conditions to leave out, expected 1")
+    if image_guidance is not None and sibling_guidance is not None:
+        raise UserError("image_guidance, sibling_guidance: found both, expected 1 for one of them")
     numbers = batch["sample"]
-    height, width = batch[method.pictures[0]].shape[-2:]
-    grid = _grid(batch[method.pictures[0]])
+    height, width = method.latent_size(batch)
+    grid = (height // flow.path.PATCH, width // flow.path.PATCH)
     scale = jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), numbers.shape)
     text = (batch["prompt_embeds"], batch["pooled"])
 
@@ -252,17 +287,19 @@ def sample(
         return remember(method, base, adapters, pictures, text[1])
 
     guide = prepared(batch)
-    empty = None
+    instead, strength = None, sibling_guidance if image_guidance is None else image_guidance
     if image_guidance is not None:
-        empty = prepared({**batch, "subject": batch["empty"], "control": batch["empty"]})
+        instead = prepared({**batch, "subject": batch["empty"], "control": batch["empty"]})
+    elif sibling_guidance is not None:
+        instead = prepared({**batch, "subject": batch["sibling"]})
 
     def velocity(noisy: jax.Array, sigma: jax.Array) -> jax.Array:
         time = jnp.full(numbers.shape, sigma)
         followed = predict(method, base, adapters, noisy, time, guide, text, scale, grid)
-        if empty is None or image_guidance is None:
+        if instead is None or strength is None:
             return followed
-        without = predict(method, base, adapters, noisy, time, empty, text, scale, grid)
-        return omini.image_guided(followed, without, image_guidance)
+        without = predict(method, base, adapters, noisy, time, instead, text, scale, grid)
+        return omini.image_guided(followed, without, strength)
 
     channels = flow.path.PATCH**2 * method.vae.latent_channels
     start = draws.normal(draws.keys(seed, numbers, draws.NOISE), (grid[0] * grid[1], channels))
@@ -270,5 +307,5 @@ def sample(
 
 
 def make_sampler(method: Method) -> Callable[..., jax.Array]:
-    """``sample`` compiled for one method: (base, adapters, batch, sigmas, guidance, seed[, image]) -> latents."""
+    """``sample`` compiled for one method: (base, adapters, batch, sigmas, guidance, seed[, image[, sibling]])."""
     return jax.jit(lambda *arguments: sample(method, *arguments))

@@ -47,6 +47,7 @@ CONTINUABLE = frozenset(
         "sample.seed",
         "sample.batch",
         "sample.image_guidance",
+        "sample.sibling_guidance",
         "sample.mask_policy",
         "sample.expansion",
         "sample.window",

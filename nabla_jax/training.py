@@ -69,7 +69,9 @@ def check_prepared(config: Config) -> None:
     base = resolve_base(config)
     vae = AutoencoderKLConfig.from_json(base / "vae" / "config.json")
     side = config.conditioning.size // vae.factor
-    pairs = [(f"conditioning.{k}", v, getattr(config.conditioning, k)) for k, v in made["conditioning"].items()]
+    # A folder of whole conditions does not name compact.
+    conditioning = {"compact": 1} | made["conditioning"]
+    pairs = [(f"conditioning.{k}", v, getattr(config.conditioning, k)) for k, v in conditioning.items()]
     pairs.append(("data.split", made["split"], config.data.split))
     pairs.append(("moments", prepared.manifest["moments"], [2 * vae.latent_channels, side, side]))
     if config.conditioning.caption == "fixed":
@@ -325,6 +327,7 @@ def adapter_metadata(config: Config, step: int, base_sha256: str) -> adapter_fil
         sample_guidance=config.sample.guidance,
         sample_steps=config.sample.steps,
         independent_conditions=config.conditioning.independent_conditions,
+        compact=config.conditioning.compact,
         applies_to=api.APPLIES_TO[config.conditioning.method],
         step=step,
         method=api.method_name(config.conditioning),
@@ -364,7 +367,13 @@ class SampleSheet:
         inputs = {name: np.asarray(self._batch[name]) for name in names if name in self._batch}
         inputs["sample"] = inputs["sample"].astype(np.uint32)
         columns = [self._decode_mean(reposer, self._batch[name]) for name in (*self._method.pictures, "target")]
-        columns.append(reposer.draw(inputs, dataclasses.replace(self._config.sample, batch=count)))
+        # No sibling is known here.
+        sample = dataclasses.replace(self._config.sample, batch=count, sibling_guidance=1.0)
+        columns.append(reposer.draw(inputs, sample))
+        # Compact conditions are shown at the size of the others.
+        height = max(column.shape[1] for column in columns)
+        scales = [height // column.shape[1] for column in columns]
+        columns = [c.repeat(scale, axis=1).repeat(scale, axis=2) for c, scale in zip(columns, scales, strict=True)]
         sheet = np.concatenate([np.concatenate(list(column), axis=0) for column in columns], axis=1)
         path = self._folder / f"step_{step}.png"
         write_image(sheet, path)

@@ -462,7 +462,10 @@ def refusal(tmp_path: Path, **overrides: Any) -> str:
         ({"conditioning__mask_policies": ()}, "conditioning.mask_policies: found none"),
         ({"conditioning__expansion": (1.4, 1.1)}, "conditioning.expansion: found (1.4, 1.1)"),
         ({"conditioning__window": 0.5}, "conditioning.window: found 0.5, expected 1 or more, or 0"),
-        ({"conditioning__method": "paste"}, "conditioning.method: found 'paste', expected one of omini, insert"),
+        (
+            {"conditioning__method": "paste"},
+            "conditioning.method: found 'paste', expected one of omini, native, insert",
+        ),
         ({"sample__mask_policy": "round"}, "sample.mask_policy: found 'round'"),
         ({"sample__expansion": 0.5}, "sample.expansion: found 0.5"),
         ({"sample__feather": -1}, "sample.feather: found -1, expected 0 or more"),

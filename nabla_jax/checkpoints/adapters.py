@@ -54,11 +54,12 @@ class AdapterMetadata:
       sample_guidance: default guidance scale in sampling.
       sample_steps: default number of sampling steps.
       independent_conditions: whether conditions see only themselves.
+      compact: conditions have 1 / compact of the picture's resolution.
       applies_to: condition branches only, the whole sequence, or unknown (files of other tools do not say).
       reads: which of the conditions the adapter is for, when subject and control have one each.
       targets: the adapted linears, ``*`` standing for every block; filled in when a file is written or read.
       step: training step.
-      method: omini or insert. All that follows is of insert.
+      method: omini, native or insert. All that follows is of insert.
       redux: name of the FLUX.1-Redux folder, as the configuration gave it.
       redux_sha256: hash of its weights.
       mask_policies: of training, one drawn for each sample.
@@ -84,11 +85,12 @@ class AdapterMetadata:
     sample_guidance: float = 1.0
     sample_steps: int = 28
     independent_conditions: bool = False
+    compact: int = 1
     applies_to: Literal["condition", "all", "unknown"] = "condition"
     reads: Literal["both", "subject", "control"] = "both"
     targets: tuple[str, ...] = ()
     step: int = 0
-    method: Literal["omini", "insert"] = "omini"
+    method: Literal["omini", "native", "insert"] = "omini"
     redux: str = ""
     redux_sha256: str = ""
     mask_policies: tuple[str, ...] = ()

@@ -225,8 +225,9 @@ def is_kontext(folder: StrPath) -> bool:
 def check_channels(path: StrPath, method: str) -> None:
     """Raises UserError unless the transformer reads what ``method`` gives a token.
 
-    ``insert`` gives noisy latents, those of the masked picture and the mask, as FLUX.1-Fill takes them; ``omini`` gives
-    noisy latents alone. Only configurations are read.
+    ``insert`` gives noisy latents, those of the masked picture and the mask, as FLUX.1-Fill takes them; ``omini`` and
+    ``native`` give noisy latents alone, the latter to a base that knows references in its stream. Only configurations
+    are read.
     """
     latents = 4 * vae_config(path).latent_channels
     fill = 2 * latents + 4 * vae_config(path).factor ** 2
@@ -236,6 +237,21 @@ def check_channels(path: StrPath, method: str) -> None:
         raise UserError(
             f"{path}: method {method} needs {kind[expected]} ({expected} channels a token), found "
             f"{kind.get(found, 'another base')} ({found})"
+        )
+    if method == "native" and not is_kontext(path):
+        raise UserError(
+            f"{path}: method native needs FLUX.1-Kontext, found a base that knows no reference pictures; expected "
+            "FluxKontextPipeline in model_index.json"
+        )
+
+
+def check_sides(path: StrPath, size: int, compact: int = 1) -> None:
+    """Raises UserError unless pictures of ``size`` and conditions of ``size / compact`` are whole numbers of tokens."""
+    token = 2 * vae_config(path).factor
+    if size % compact or size // compact % token:
+        raise UserError(
+            f"{path}: conditioning.compact: found {compact} for conditioning.size {size}, expected a divisor that "
+            f"leaves conditions of a multiple of {token} pixels, the side of a token"
         )
 
 

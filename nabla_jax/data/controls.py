@@ -145,12 +145,14 @@ def subject_canvas(image: Array, mask: Array, size: int, expansion: float = 1.0)
 def control_canvas(view: View, conditioning: Conditioning) -> Canvas:
     """The control ``conditioning.control`` of the target ``view``, on the same placement as the target itself.
 
+    A compact one is as much smaller as ``conditioning.compact`` says.
+
     Raises UserError for an unknown control, and for a view without what the control is made of.
     """
     control = find_control(conditioning.control)
     if control.needs is not None and getattr(view, control.needs) is None:
         raise UserError(f"control {conditioning.control}: the target has no {control.needs}, expected them with it")
-    placement = Placement.square(view.image.shape[0], view.image.shape[1], conditioning.size)
+    placement = Placement.square(view.image.shape[0], view.image.shape[1], conditioning.condition_size)
     return Canvas(placement.apply(control.draw(view, conditioning), control.fill, control.filter), placement)
 
 

@@ -214,8 +214,8 @@ def check_files(folder: str | os.PathLike[str], track: Callable[[Sequence[Any]],
 
 
 Source = Prepared | Pictures
-Encode = Callable[[Array], Array]
-"""[n, 3, S, S] uint8 -> VAE moments [n, 2C, h, w] float16."""
+Encode = Callable[[Sequence[Array]], Sequence[Array]]
+"""Pictures [3, S, S] uint8 -> VAE moments [2C, h, w] float16 of each; compact conditions have a smaller S."""
 
 
 class Loader(Iterator[Batch]):
@@ -278,11 +278,12 @@ def make_loader(
     the pictures of a pair are encoded together, later.
 
     A batch is a dict of numpy arrays: target, subject, control [B, 2C, h, w] float16 (VAE moments: mean, then
-    log variance), mask [B, h, w] float32 (the target's foreground coverage, 0..1), prompt_embeds [B, T, d],
-    pooled [B, p] float32 (read-only), sample [B] int64 (position in the stream), subject_index, target_index [B]
-    int64 (positions of the pictures), level [B] int64 (the finest of ``pairs.LEVELS`` that the two share), caption
-    [B] int64 (row of the target's caption). For method insert: target, subject [B, 3, S, S] uint8, and instead of
-    the control repaint [B, S, S] uint8, 1 where the target is to be repainted.
+    log variance; of compact conditions fewer), mask [B, h, w] float32 (the target's foreground coverage, 0..1),
+    prompt_embeds [B, T, d], pooled [B, p] float32 (read-only), sample [B] int64 (position in the stream),
+    subject_index, target_index [B] int64 (positions of the pictures), level [B] int64 (the finest of
+    ``pairs.LEVELS`` that the two share), caption [B] int64 (row of the target's caption). For method insert: target,
+    subject [B, 3, S, S] uint8, and instead of the control repaint [B, S, S] uint8, 1 where the target is to be
+    repainted.
 
     Raises UserError for a damaged folder, an unknown sampler or control, or classes without two pictures.
     """
@@ -409,9 +410,9 @@ def _mapped(path: Path, names: Sequence[str]) -> list[Array]:
 
 
 def _encoded(batch: Batch, encode: Encode) -> Batch:
-    names = ("target", "subject", "control")
-    moments = encode(np.concatenate([batch[name] for name in names]))
-    return batch | dict(zip(names, np.split(moments, len(names)), strict=True))
+    names, rows = ("target", "subject", "control"), len(batch["target"])
+    moments = encode([image for name in names for image in batch[name]])
+    return batch | {name: np.stack(moments[i * rows : (i + 1) * rows]) for i, name in enumerate(names)}
 
 
 def text_of(source: Source, rows: Array) -> Batch:

@@ -37,6 +37,7 @@ def inputs(
 ) -> dict[str, Array]:
     """An example on the model's canvas: each role of ``wanted`` [3, size, size] uint8, or [size, size] of ``repaint``.
 
+    Compact conditions (subject and controls) are [3, size / compact, size / compact].
     With the target comes ``mask`` [size / factor, size / factor] uint8, the foreground coverage of each latent. Method
     insert draws the policy of its mask, the mask and the subject's expansion with ``draw``.
     Raises UserError naming the file that cannot be used.
@@ -58,7 +59,7 @@ def inputs(
             found["mask"] = controls.latent_mask(view.mask, size, factor, placement)
         elif role == "subject":
             expansion = 1.0 if draw is None or not insert else draw(draws.EXPANSION).uniform(*conditioning.expansion)
-            canvas = controls.subject_canvas(view.image, view.mask, size, expansion)
+            canvas = controls.subject_canvas(view.image, view.mask, conditioning.condition_size, expansion)
         else:
             kind = role.removeprefix(CONTROL)
             canvas = controls.control_canvas(view, dataclasses.replace(conditioning, control=kind))
