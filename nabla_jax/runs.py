@@ -309,8 +309,10 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def open_run(config: configs.Config) -> Iterator[RunFolder]:
+def open_run(config: configs.Config, sha256: Mapping[str, str] | None = None) -> Iterator[RunFolder]:
     """Makes or continues the run folder ``train.workdir`` and holds its lock.
+
+    ``sha256``: hashes, by configuration key, of files that every step depends on; part of what may not change.
 
     Raises UserError if another process works in it, if it was made with another configuration (naming the
     keys that differ), or if it cannot be written.
@@ -319,9 +321,10 @@ def open_run(config: configs.Config) -> Iterator[RunFolder]:
     with writing(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
     with lock(folder.path / ".lock", f"train.workdir {folder.path}"):
+        resolved = configs.to_dict(config) | ({"sha256": dict(sha256)} if sha256 else {})
         if folder.config.is_file():
-            _check_same(folder, config)
-        write_json(folder.config, configs.to_dict(config))
+            _check_same(folder, resolved)
+        write_json(folder.config, resolved)
         yield folder
 
 
@@ -339,9 +342,9 @@ def lock(path: Path, what: str) -> Iterator[None]:
         yield
 
 
-def _check_same(folder: RunFolder, config: configs.Config) -> None:
+def _check_same(folder: RunFolder, resolved: Mapping[str, Any]) -> None:
     before = configs.flatten(read_json(folder.config))
-    now = configs.flatten(json.loads(json.dumps(configs.to_dict(config))))
+    now = configs.flatten(json.loads(json.dumps(resolved)))
     differing = [
         f"{key}: {before.get(key, 'absent')!r} there, {now.get(key, 'absent')!r} here"
         for key in sorted(before.keys() | now.keys())
