@@ -190,6 +190,8 @@ def load_frozen(config: Config) -> dict[str, Adapter]:
     # Both act on the same tokens of the same sequence: what one was shown the other must be.
     api.check_adapter(path, metadata, folder, pipeline.folder_hash(folder / "transformer"), config.conditioning)
     api.check_reads(path, metadata, ("both",), "lora.frozen")
+    if config.conditioning.method == "insert":
+        api.find_redux(config.base.redux, metadata, path)
     return {config.lora.name: _load_adapter("lora.frozen", path, folder)}
 
 
@@ -280,9 +282,7 @@ def initial_state(adapters: dict[str, layers.Params], optimizer: optax.GradientT
     return state
 
 
-def exported(
-    state: State, config: Config, frozen: Mapping[str, Adapter] | None = None
-) -> dict[str, Adapter]:
+def exported(state: State, config: Config, frozen: Mapping[str, Adapter] | None = None) -> dict[str, Adapter]:
     """The adapters that a run hands on: what acts, see ``composed``, and of the trained ones their average if any."""
     trees = state["average" if config.train.ema else "adapters"]
     return composed(jax.tree.map(lambda p: p.astype(config.lora.dtype), trees), config, frozen)
@@ -349,9 +349,7 @@ def export(config: Config, folder: runs.RunFolder, adapter: Adapter, step: int, 
     return path
 
 
-def adapter_metadata(
-    config: Config, adapter: Adapter, step: int, base_sha256: str
-) -> adapter_files.AdapterMetadata:
+def adapter_metadata(config: Config, adapter: Adapter, step: int, base_sha256: str) -> adapter_files.AdapterMetadata:
     """What generation must know of a training run that exports ``adapter``."""
     folder = resolve_base(config)
     return adapter_files.AdapterMetadata(

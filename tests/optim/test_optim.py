@@ -199,9 +199,9 @@ def test_a_bfloat16_state_follows_the_published_optimizer_in_bfloat16() -> None:
     """Parameters, gradients and state of eight bits, as the reference system trains."""
     low, gradients = _low(_params()), [_low(gradient) for gradient in _gradients(20)]
     ours, state = _run(prodigy(initial_estimate=1e-2, weight_decay=0.01, dtype=jnp.bfloat16), low, gradients)
-    assert {leaf.dtype for leaf in jax.tree.leaves((ours, state.start, state.first, state.second, state.denominator))} == {
-        jnp.dtype("bfloat16")
-    }
+    assert {
+        leaf.dtype for leaf in jax.tree.leaves((ours, state.start, state.first, state.second, state.denominator))
+    } == {jnp.dtype("bfloat16")}
     tensors = [torch.nn.Parameter(_tensor(leaf)) for leaf in jax.tree.leaves(low)]
     settings = {"use_bias_correction": True, "safeguard_warmup": True, "weight_decay": 0.01, "d0": 1e-2}
     stepper = prodigyopt.Prodigy(tensors, **settings)
@@ -223,7 +223,9 @@ def test_bfloat16_parameters_that_do_not_begin_at_zero_never_move_at_first() -> 
         params = jax.tree.map(lambda p, d=dtype: p.astype(d), _params())
         after, state = _run(prodigy(dtype=dtype), params, _gradients(50))
         assert (state.estimate > 2e-6) == moves
-        assert any(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (after, params)), strict=True)) == moves
+        assert (
+            any(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (after, params)), strict=True)) == moves
+        )
 
 
 def _low(tree: Any) -> Any:
