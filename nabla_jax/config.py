@@ -250,6 +250,17 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def defaults() -> dict[str, Any]:
+    """Dotted key -> default, of every field of a section that has one."""
+    kinds = {name: kind for name, kind in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(kind)}
+    return {
+        f"{section}.{field.name}": field.default
+        for section, kind in kinds.items()
+        for field in dataclasses.fields(kind)
+        if field.default is not dataclasses.MISSING
+    }
+
+
 def load(spec: str, overrides: Mapping[str, str] | Sequence[tuple[str, str]] = ()) -> Config:
     """Reads ``FILE[:arg]`` and applies ``overrides`` (dotted key -> text) last.
 

@@ -343,7 +343,8 @@ def lock(path: Path, what: str) -> Iterator[None]:
 
 
 def _check_same(folder: RunFolder, resolved: Mapping[str, Any]) -> None:
-    before = configs.flatten(read_json(folder.config))
+    # A field that is younger than the run has a default that leaves the run what it was.
+    before = json.loads(json.dumps(configs.defaults())) | configs.flatten(read_json(folder.config))
     now = configs.flatten(json.loads(json.dumps(resolved)))
     differing = [
         f"{key}: {before.get(key, 'absent')!r} there, {now.get(key, 'absent')!r} here"
