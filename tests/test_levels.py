@@ -199,7 +199,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "coarse to class": {"train__sampler": "level", "data__levels": ("0 order", "2 class"), "data__per_class": 5},
     "one picture": {"train__sampler": "level", "data__levels": ("0 self",), "data__per_class": 1},
-    "random": {"train__sampler": "class_uniform"},
     "mined": {"train__sampler": "mined", "data__similarity": 0.2},
 }  # fmt: skip
 
