@@ -47,6 +47,7 @@ class Data:
     mode: str = "precomputed"  # or on_the_fly: pictures are encoded when they are drawn, and prepare is not needed
     levels: tuple[str, ...] = ("0 class",)  # of train.sampler level: "STEP LEVEL[=WEIGHT] ..." from each step on
     similarity: float = 0.5  # of train.sampler mined: the smallest cosine of a look-alike
+    per_class: int = 0  # training draws from so many pictures of every class, of 5 the 1 is one; 0: from all
     threads: int = 4  # that read ahead of training
     workers: int = 0  # processes that do so instead
 
@@ -93,6 +94,8 @@ class Lora:
     init: str = "gaussian"
     name: str = "omk_fill"
     start: str = ""  # an adapter of any known format that training begins with; empty: a fresh one
+    frozen: str = ""  # an adapter of any known format beneath the trained one; what is exported holds the sum of both
+    dtype: str = "float32"  # that the trained adapter, its gradients and the optimizer's state are kept in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +121,7 @@ class Train:
     log_every: int = 10
     save_every: int = 500
     sample_every: int = 1000  # 0: never
-    dtype: str = "bfloat16"  # of the frozen base and of activations; adapters are float32
+    dtype: str = "bfloat16"  # of the frozen base and of activations; the adapter's is lora.dtype
     remat: str = "full"
     guidance: float = 1.0
     sampler: str = "all_pairs"
@@ -219,6 +222,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "conditioning.skeleton": ("dense", "sparse", "dots"),
     "conditioning.caption": ("fixed", "background"),
     "lora.init": ("gaussian",),
+    "lora.dtype": ("float32", "bfloat16"),
     "optim.name": ("prodigy", "adamw"),
     "train.dtype": ("bfloat16", "float32"),
     "train.remat": ("none", "full", "save_attention", "offload"),
@@ -253,6 +257,17 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def defaults() -> dict[str, Any]:
+    """Dotted key -> default, of every field of a section that has one."""
+    kinds = {name: kind for name, kind in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(kind)}
+    return {
+        f"{section}.{field.name}": field.default
+        for section, kind in kinds.items()
+        for field in dataclasses.fields(kind)
+        if field.default is not dataclasses.MISSING
+    }
 
 
 def load(spec: str, overrides: Mapping[str, str] | Sequence[tuple[str, str]] = ()) -> Config:
@@ -514,7 +529,7 @@ def _check_ranges(config: Config, where: str) -> None:
     if config.train.sampler == "mined" and config.data.mode != "precomputed":
         raise UserError(f"{where}: train.sampler: mined needs stored features, expected data.mode precomputed")
     nonnegative = "train.sample_every train.seed sample.seed optim.weight_decay extract.caption_retries"
-    nonnegative += " data.frame_gap data.frame_rate data.threads data.workers sample.feather"
+    nonnegative += " data.frame_gap data.frame_rate data.threads data.workers data.per_class sample.feather"
     for key in nonnegative.split():
         if not flat[key] >= 0:
             raise UserError(f"{where}: {key}: found {flat[key]!r}, expected 0 or more")
@@ -545,9 +560,27 @@ def _check_ranges(config: Config, where: str) -> None:
             f"{where}: conditioning.independent_conditions: found True, expected False for method native: its "
             "references are in the noise's own stream"
         )
+    if config.data.per_class == 1:
+        _check_single(config, where)
     _check_diptych(config, where)
     if config.conditioning.method == "insert":
         _check_insert(config, where)
+
+
+def _check_single(config: Config, where: str) -> None:
+    """Whether a sampler finds pairs where every class has one picture."""
+    from nabla_jax.data import pairs
+
+    found = f"train.sampler {config.train.sampler}"
+    if config.train.sampler == "level":
+        _, weights = pairs.schedule(config.data.levels)
+        if not any(row[pairs.LEVELS.index("class")] for row in weights):
+            return
+        found = f"data.levels {config.data.levels!r}"
+    raise UserError(
+        f"{where}: data.per_class: found 1 with {found}, which needs two pictures of a class; expected train.sampler "
+        "level with data.levels of self (a picture with itself) or of species, family or order"
+    )
 
 
 def _check_diptych(config: Config, where: str) -> None:
@@ -618,7 +651,7 @@ def check_inputs(config: Config, verb: Verb, benchmarks: Sequence[str] | None = 
     if verb == "prepare" or (verb == "train" and not (reads and prepared.is_file())):
         wanted += _data_problem(config)
     if verb == "train":
-        wanted += _start_problem(config)
+        wanted += _adapter_problems(config)
     if verb in ("generate", "evaluate"):
         wanted += _benchmark_problems(config, benchmarks)
     if verb == "evaluate":
@@ -676,15 +709,24 @@ def _base_problem(config: Config) -> list[str]:
     return [f"{problem}: {config.base.obtain}" if config.base.obtain else problem for problem in problems]
 
 
-def _start_problem(config: Config) -> list[str]:
+def _adapter_problems(config: Config) -> list[str]:
     from nabla_jax import assets
 
+    problems = []
     path = assets.resolve(config.lora.start)
     # A run that has begun goes on from its own checkpoint.
-    if not config.lora.start or path.exists() or (Path(config.train.workdir) / "checkpoints").is_dir():
-        return []
-    obtain = f": {config.base.obtain}" if config.base.obtain else ""
-    return [f"the adapter to begin with (lora.start: found nothing at {path}, lora.start= begins afresh){obtain}"]
+    if config.lora.start and not path.exists() and not (Path(config.train.workdir) / "checkpoints").is_dir():
+        obtain = f": {config.base.obtain}" if config.base.obtain else ""
+        problems.append(
+            f"the adapter to begin with (lora.start: found nothing at {path}, lora.start= begins afresh){obtain}"
+        )
+    path = assets.resolve(config.lora.frozen)
+    if config.lora.frozen and not path.exists():
+        problems.append(
+            f"the adapter beneath the trained one (lora.frozen: found nothing at {path}, expected a safetensors file "
+            "or the folder of a training run)"
+        )
+    return problems
 
 
 def _data_problem(config: Config) -> list[str]:

@@ -18,10 +18,19 @@ def main(argv: Sequence[str]) -> None:
     """The command."""
     config, _ = configs.parse_command(argv, "Trains an adapter on a prepared dataset.")
     configs.check_inputs(config, "train")
-    with runs.open_run(config) as folder:
+    with runs.open_run(config, _hashes(config)) as folder:
         if not is_finished(config, folder):
             train(config, folder)
         print(f"{folder.path}: trained for {folder.last_step()} steps: {folder.last_adapter(config.lora.name)}")
+
+
+def _hashes(config: configs.Config) -> dict[str, str]:
+    if not config.lora.frozen:
+        return {}
+    # It loads jax, which a mistake in the configuration need not wait for.
+    from nabla_jax import training
+
+    return training.frozen_sha256(config)
 
 
 def is_finished(config: configs.Config, folder: runs.RunFolder) -> bool:
@@ -56,6 +65,7 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
     with RunState(folder.checkpoints) as saved:
         begun = saved.latest() is not None
     start_adapter = None if begun else training.load_start(config)
+    frozen = training.load_frozen(config)
     base_sha256 = pipeline.folder_hash(base_path / "transformer")
 
     # ------------------------------------------------------------------------------------------ frozen base
@@ -63,7 +73,8 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
     method, base = training.load_method(config, everywhere)
 
     # --------------------------------------------------------------------------------------- abstract state
-    optimizer = optim.make(config.optim)
+    optimizer = optim.make(config.optim, config.lora.dtype)
+    frozen = jax.device_put(frozen, everywhere)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base)
 
     def initial_state(start: layers.Params | None) -> training.State:
@@ -122,14 +133,14 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
             # Metrics first: what a checkpoint continues from must already be on record, and be finite.
             write_pending()
             saved.save(step, state, {"loader": loader.get_state()})
-            training.export(config, folder, training.exported(state, config)[name], step, base_sha256)
+            training.export(config, folder, training.exported(state, config, frozen)[name], step, base_sha256)
 
         # --------------------------------------------------------------------------------------------- loop
         with runs.progress(settings.steps, "train", done=start, unit="step") as bar:
             for step in range(start + 1, settings.steps + 1):
                 batch = training.device_batch(next(loader), mesh, inputs.diptychs)
                 clock.data_arrived()
-                state, values = train_step(state, base, batch)
+                state, values = train_step(state, base, batch, frozen)
                 write_pending()
                 pending = (step, values, clock.step(settings.batch))
                 bar.update(1)
@@ -143,7 +154,7 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
                 if last or step % settings.save_every == 0:
                     save(step)
                 if settings.sample_every and (last or step % settings.sample_every == 0):
-                    sheet.draw(base, training.exported(state, config), step)
+                    sheet.draw(base, training.exported(state, config, frozen), step)
                     clock.restart()
         if start >= settings.steps:  # the process that made the last step died before it exported the adapter
             save(start)

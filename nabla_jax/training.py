@@ -22,6 +22,7 @@ from nabla_jax.data import loader as loaders
 from nabla_jax.data.pictures import captions_sha256
 from nabla_jax.diptychs import DiptychEncoder
 from nabla_jax.errors import UserError
+from nabla_jax.hashing import file_sha256
 from nabla_jax.images import write_image
 from nabla_jax.models import flux, layers, lora
 from nabla_jax.models.autoencoder import AutoencoderKLConfig
@@ -105,7 +106,7 @@ class Input:
         return loaders.make_loader(
             self.source, self.config.train.sampler, batch // part[1], seed, part,
             control=self.config.conditioning.control, levels=data.levels, similarity=data.similarity,
-            threads=data.threads, workers=data.workers, encode=self.encode,
+            per_class=data.per_class, threads=data.threads, workers=data.workers, encode=self.encode,
         )  # fmt: skip
 
 
@@ -175,6 +176,34 @@ def load_start(config: Config) -> layers.Params | None:
     for what, found, expected in pairs:
         if not np.isclose(found, expected, rtol=4e-3):  # alpha is stored in as few as 8 bits
             raise UserError(f"lora.start: {path}: {what}: found {found:g}, expected {expected:g}, as lora says")
+    return _load_adapter("lora.start", path, folder).params
+
+
+def load_frozen(config: Config) -> dict[str, Adapter]:
+    """The adapter that ``lora.frozen`` names, on the host's first device, under the name of the one trained on it.
+
+    Empty where there is none. Raises UserError, before the base's weights are read, for a file that was made for
+    another base, method or conditioning than this run's, or has other linears.
+    """
+    if not config.lora.frozen:
+        return {}
+    path, folder = api.find_adapter(config.lora.frozen), resolve_base(config)
+    metadata = adapter_files.read_metadata(path)
+    # Both act on the same tokens of the same sequence: what one was shown the other must be.
+    api.check_adapter(path, metadata, folder, pipeline.folder_hash(folder / "transformer"), config.conditioning)
+    api.check_reads(path, metadata, ("both",), "lora.frozen")
+    if config.conditioning.method == "insert":
+        api.find_redux(config.base.redux, metadata, path)
+    return {config.lora.name: _load_adapter("lora.frozen", path, folder)}
+
+
+def frozen_sha256(config: Config) -> dict[str, str]:
+    """The hash of the adapter that ``lora.frozen`` names, for ``runs.open_run``; empty where there is none."""
+    return {"lora.frozen": file_sha256(api.find_adapter(config.lora.frozen))} if config.lora.frozen else {}
+
+
+def _load_adapter(key: str, path: Path, folder: Path) -> Adapter:
+    """An adapter for the base in ``folder``. Raises UserError for other linears than are trained."""
     model = flux.FluxConfig.from_json(folder / "transformer" / "config.json")
     _, shapes = layers.abstract(lambda rngs: flux.Flux(model, rngs=rngs))
     adapter, _ = adapter_files.load_adapter(path, shapes, stacked=flux.STACKED)
@@ -183,8 +212,8 @@ def load_start(config: Config) -> layers.Params | None:
     if linears != wanted:
         differing = [f"{name} is missing" for name in sorted(wanted - linears)]
         differing += [f"{name} is not trained" for name in sorted(linears - wanted)]
-        raise UserError(f"lora.start: {path}: another set of linears: {', '.join(differing)}")
-    return adapter.params
+        raise UserError(f"{key}: {path}: another set of linears: {', '.join(differing)}")
+    return adapter
 
 
 def _linears(tree: layers.Params, where: tuple[str, ...] = ()) -> set[str]:
@@ -194,27 +223,41 @@ def _linears(tree: layers.Params, where: tuple[str, ...] = ()) -> set[str]:
     return set().union(*(_linears(child, (*where, name)) for name, child in tree.items()))
 
 
+def composed(
+    trees: Mapping[str, layers.Params], config: Config, frozen: Mapping[str, Adapter] | None = None
+) -> dict[str, Adapter]:
+    """What acts while ``trees`` {name: tree} are trained: each, added to the ``frozen`` adapter of its name."""
+    scale = initial_adapter_scale(config)
+    trained = {name: Adapter(tree, scale) for name, tree in trees.items()}
+    return trained if not frozen else {name: lora.add(frozen[name], one) for name, one in trained.items()}
+
+
 def make_step(
     method: reposing.Method, optimizer: optax.GradientTransformation, config: Config
-) -> Callable[[State, layers.Params, reposing.Batch], tuple[State, Values]]:
-    """The compiled step (state, frozen base, batch) -> (state, values). The state's buffers are donated.
+) -> Callable[..., tuple[State, Values]]:
+    """The compiled step (state, frozen base, batch[, frozen adapters]) -> (state, values); the state is donated.
 
     The state holds ``adapters`` {name: tree}, ``optimizer``, ``step`` and, with ``train.ema``, the adapters' running
     ``average``; values are the scalars ``loss``, ``grad_norm`` (before clipping) and, for Prodigy, its distance
-    estimate ``d``.
+    estimate ``d``. For the frozen adapters see ``load_frozen``.
     """
-    scale = initial_adapter_scale(config)
 
-    def objective(trees: dict[str, layers.Params], base: layers.Params, batch: reposing.Batch) -> jax.Array:
-        adapters = {name: Adapter(tree, scale) for name, tree in trees.items()}
+    def objective(
+        trees: dict[str, layers.Params],
+        base: layers.Params,
+        batch: reposing.Batch,
+        frozen: Mapping[str, Adapter] | None,
+    ) -> jax.Array:
         train = config.train
         return reposing.loss(
-            method, adapters, base, batch, seed=train.seed, guidance=train.guidance, time_mean=train.time_mean,
-            foreground_weight=train.foreground_weight,
+            method, composed(trees, config, frozen), base, batch, seed=train.seed, guidance=train.guidance,
+            time_mean=train.time_mean, foreground_weight=train.foreground_weight,
         )  # fmt: skip
 
-    def step(state: State, base: layers.Params, batch: reposing.Batch) -> tuple[State, Values]:
-        loss, gradients = jax.value_and_grad(objective)(state["adapters"], base, batch)
+    def step(
+        state: State, base: layers.Params, batch: reposing.Batch, frozen: Mapping[str, Adapter] | None = None
+    ) -> tuple[State, Values]:
+        loss, gradients = jax.value_and_grad(objective)(state["adapters"], base, batch, frozen)
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["adapters"])
         values = {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
         estimate = optim.prodigy_estimate(optimizer_state)
@@ -232,17 +275,19 @@ def make_step(
 
 
 def initial_state(adapters: dict[str, layers.Params], optimizer: optax.GradientTransformation, config: Config) -> State:
-    """The state before the first step; see ``make_step``."""
+    """The state before the first step, its adapters in ``lora.dtype``; see ``make_step``."""
+    adapters = jax.tree.map(lambda p: p.astype(config.lora.dtype), adapters)
     state = {"adapters": adapters, "optimizer": optimizer.init(adapters), "step": jnp.zeros((), jnp.int32)}
     if config.train.ema:
-        state["average"] = jax.tree.map(jnp.copy, adapters)
+        # float32 whatever is averaged: a thousandth of a bfloat16 number is lost in it.
+        state["average"] = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), adapters)
     return state
 
 
-def exported(state: State, config: Config) -> dict[str, layers.Params]:
-    """The adapters {name: tree} that a run hands on: their average if there is one."""
-    adapters: dict[str, layers.Params] = state["average" if config.train.ema else "adapters"]
-    return adapters
+def exported(state: State, config: Config, frozen: Mapping[str, Adapter] | None = None) -> dict[str, Adapter]:
+    """The adapters that a run hands on: what acts, see ``composed``, and of the trained ones their average if any."""
+    trees = state["average" if config.train.ema else "adapters"]
+    return composed(jax.tree.map(lambda p: p.astype(config.lora.dtype), trees), config, frozen)
 
 
 def device_batch(batch: Mapping[str, Any], mesh: Mesh, encoder: DiptychEncoder | None = None) -> dict[str, jax.Array]:
@@ -291,27 +336,28 @@ def host_row(step: int, values: Values, timing: Mapping[str, float]) -> dict[str
     return {"step": step, **numbers, **timing}
 
 
-def export(config: Config, folder: runs.RunFolder, tree: layers.Params, step: int, base_sha256: str) -> Path:
+def export(config: Config, folder: runs.RunFolder, adapter: Adapter, step: int, base_sha256: str) -> Path:
     """Writes the adapter of a step and then points ``adapters/last`` at it."""
     path = folder.adapter(step, config.lora.name)
     with runs.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         adapter_files.save_adapter(
             path,
-            Adapter(jax.device_get(tree), initial_adapter_scale(config)),
-            adapter_metadata(config, step, base_sha256),
+            adapter,
+            adapter_metadata(config, adapter, step, base_sha256),
             stacked=flux.STACKED,
         )
     runs.write_atomic(folder.last, f"step_{step}\n")
     return path
 
 
-def adapter_metadata(config: Config, step: int, base_sha256: str) -> adapter_files.AdapterMetadata:
-    """What generation must know of a training run."""
+def adapter_metadata(config: Config, adapter: Adapter, step: int, base_sha256: str) -> adapter_files.AdapterMetadata:
+    """What generation must know of a training run that exports ``adapter``."""
     folder = resolve_base(config)
     return adapter_files.AdapterMetadata(
-        rank=config.lora.rank,
-        alpha=config.lora.alpha,
+        rank=adapter.rank,
+        # As it was given: alpha / rank * rank need not be alpha.
+        alpha=adapter.scale * adapter.rank if config.lora.frozen else config.lora.alpha,
         base=folder.name,
         base_sha256=base_sha256,
         in_channels=flux.FluxConfig.from_json(folder / "transformer" / "config.json").in_channels,
@@ -351,7 +397,7 @@ class SampleSheet:
         self._reposer: api.Reposer | None = None
         self._batch: dict[str, Any] = {}
 
-    def draw(self, base: layers.Params, trees: dict[str, layers.Params], step: int) -> Path:
+    def draw(self, base: layers.Params, adapters: dict[str, Adapter], step: int) -> Path:
         """Writes ``step_N.png``."""
         count = min(self._config.sample.batch, self.ROWS)
         count = max(count // self._mesh.size, 1) * self._mesh.size
@@ -360,8 +406,6 @@ class SampleSheet:
                 batch, encoder = next(loader), self._inputs.diptychs
                 self._batch = dict(batch if encoder is None else jax.device_get(encoder(batch)))
             self._reposer = self._make_reposer(base)
-        scale = initial_adapter_scale(self._config)
-        adapters = {name: Adapter(tree, scale) for name, tree in trees.items()}
         reposer = dataclasses.replace(self._reposer, adapters=adapters)
         names = (*self._method.pictures, "repaint", "prompt_embeds", "pooled", "sample")
         inputs = {name: np.asarray(self._batch[name]) for name in names if name in self._batch}

@@ -345,12 +345,12 @@ def save_adapter(
     stacked: tuple[str, ...],
     format: Format = "peft",
 ) -> None:
-    """Writes one adapter atomically, one pair of tensors per linear and block (``peft``), float32."""
+    """Writes one adapter atomically, one pair of tensors per linear and block (``peft``), in its own dtypes."""
     modules: dict[str, Pair] = {}
 
     def walk(node: Params, where: tuple[str, ...]) -> None:
         if "lora_A" in node:
-            a, b = (np.asarray(jax.device_get(node[matrix]), np.float32) for matrix in Pair._fields)
+            a, b = (np.asarray(jax.device_get(node[matrix])) for matrix in Pair._fields)
             lead = where[0] in stacked
             for i, name in enumerate(module_names(where, a.shape, stacked)):
                 modules[name] = Pair(a[i], b[i]) if lead else Pair(a, b)

@@ -63,6 +63,12 @@ class Prepared:
     prompt_embeds: Array  # [captions, T, d] float32
     pooled: Array  # [captions, p] float32
 
+    @property
+    def ids(self) -> Sequence[str]:
+        """By picture, its id."""
+        ids: Sequence[str] = self.manifest["ids"]
+        return ids
+
     @functools.cached_property
     def classes(self) -> dict[int, tuple[int, ...]]:
         """Class id -> positions of its pictures."""
@@ -263,6 +269,7 @@ def make_loader(
     control: str = "fill",
     levels: Sequence[str] = ("0 class",),
     similarity: float = 0.0,
+    per_class: int = 0,
     threads: int = 4,
     workers: int = 0,
     encode: Encode | None = None,
@@ -272,6 +279,8 @@ def make_loader(
     Process i of ``shard`` = (i, n) gets rows i * batch to (i + 1) * batch of each global batch of n * batch
     consecutive samples of the stream, so the stream does not depend on how many processes share a global
     batch. ``get_state`` / ``set_state`` save and restore the position, which counts batches.
+
+    With ``per_class`` pairs are drawn from so many pictures of each class, see ``pairs.few``.
 
     ``threads`` of this process read ahead, or ``workers`` processes instead where there are any. From ``Pictures``,
     ``encode`` makes in this process the moments that a prepared folder stores; for method insert there is none, since
@@ -304,7 +313,8 @@ def make_loader(
         features=source.features,
         similarity=similarity,
     )
-    draw = pairs.sampler(sampler, source.classes, options)
+    classes = pairs.few(source.classes, source.ids, per_class) if per_class else source.classes
+    draw = pairs.sampler(sampler, classes, options)
     # Text is added by this process: a worker need not load it, nor hand over megabytes that are all the same.
     bare = dataclasses.replace(source, prompt_embeds=source.prompt_embeds[:0], pooled=source.pooled[:0])
     reading = Reading(bare, draw, seed, (REPAINT, REPAINT) if pixels else ("control", CONTROL + control))

@@ -117,6 +117,11 @@ class Pictures:
     factor: int
 
     @property
+    def ids(self) -> Sequence[str]:
+        """By picture, its id."""
+        return [e.id for e in self.examples]
+
+    @property
     def classes(self) -> dict[int, tuple[int, ...]]:
         """Class id -> positions."""
         return class_index(e.class_id for e in self.examples)
