@@ -50,7 +50,7 @@ REFERENCES = ("flat-colour", "copy-target", "paste-subject", "same-class", "sibl
 BASELINE = "untuned"
 # Fields of a manifest's row; all others are settings of its set.
 OF_ONE_PICTURE = frozenset(
-    ("pair", "subject_id", "target_id", "subject_used", "file", "mask", "height", "width", "placement")
+    ("pair", "subject_id", "target_id", "subject_used", "sibling_used", "file", "mask", "height", "width", "placement")
 )
 NO_NETWORKS = configs.Metrics()
 VERSION = 3  # of the numbers: raise it when a metric changes, so that no stored score is reused

@@ -12,6 +12,7 @@ took. A shortened queue (--steps, --quick, another world) has a folder of its ow
 
 import argparse
 import dataclasses
+import functools
 import os
 import shlex
 import signal
@@ -218,7 +219,7 @@ def describe(options: Options) -> dict[str, Any]:
                     "overrides": values,
                     "against": system.against or None,
                     "paper": system.paper or None,
-                    "control": configs.load(system.config).conditioning.control,
+                    "control": _load(system.config).conditioning.control,
                     "run": str(_run(options, name)) if "train" in system.steps else None,
                 }
             )
@@ -279,7 +280,7 @@ def _jobs_of(name: str, options: Options) -> list[Job]:
     words = _words(system, options, name)
     share = (options.steps or 300) / 300
     drawn = min(1.0, (options.quick or 150) / 150)
-    if "prepare" in system.steps and _load(system).conditioning.method != "insert":
+    if "prepare" in system.steps and _load(system.config).conditioning.method != "insert":
         jobs.append(Job(f"prepare {Path(_prepared(name, options)).name}", "nabla_jax.prepare", words, 20))
     if "train" in system.steps:
         jobs.append(Job(f"train {name}", "nabla_jax.train", words, 120 * share))
@@ -321,7 +322,7 @@ def _evaluate(group: str, names: Sequence[str], options: Options) -> Job:
         models += [*(f"published:{name}" for name in options.published), CEILING]
     models = list(dict.fromkeys(models))
     sets = [word for model in models for word in ("--pictures", f"{model}={_pictures(options, model)}")]
-    words = ("--config", MAIN, *_paths(configs.load(MAIN), options), *_benchmarks(BENCHMARKS), *_limit(options))
+    words = ("--config", MAIN, *_paths(_load(MAIN), options), *_benchmarks(BENCHMARKS), *_limit(options))
     arguments = (*words, "--out", str(_evaluation(options, group)), *sets)
     return Job(f"evaluate {group}", "nabla_jax.evaluate", arguments, 40 * len(models))
 
@@ -335,16 +336,16 @@ def _results(group: str, options: Options) -> Job:
 def _words(system: System, options: Options, name: str) -> tuple[str, ...]:
     """The configuration of a system as words of a command line."""
     own = {"data.prepared": _prepared(name, options), "train.workdir": str(_run(options, name))}
-    if _load(system).conditioning.method == "insert" or "prepare" not in system.steps:
+    if _load(system.config).conditioning.method == "insert" or "prepare" not in system.steps:
         del own["data.prepared"]
     values = {**own, **_values(system, options)}
     overrides = [f"--config.{key}={value}" for key, value in values.items()]
-    return ("--config", system.config, *_paths(_load(system), options), *overrides)
+    return ("--config", system.config, *_paths(_load(system.config), options), *overrides)
 
 
 def _values(system: System, options: Options) -> dict[str, str]:
     """What differs from the system's configuration, paths aside."""
-    steps = options.steps or _load(system).train.steps
+    steps = options.steps or _load(system.config).train.steps
     values = {} if options.steps is None else {"train.steps": str(steps)}
     values |= {key: value.format(half=max(1, steps // 2)) for key, value in system.overrides.items()}
     return values | ({"lora.frozen": str(_run(options, system.frozen))} if system.frozen else {})
@@ -358,13 +359,14 @@ def _paths(config: configs.Config, options: Options) -> tuple[str, ...]:
     return tuple(f"--config.{key}={folder.replace(WORLD, options.world)}" for key, folder in folders.items())
 
 
-def _load(system: System) -> configs.Config:
-    return configs.load(system.config)
+@functools.cache
+def _load(config: str) -> configs.Config:
+    return configs.load(config)
 
 
 def _prepared(name: str, options: Options) -> str:
     """A variant that says something of data or conditions has a folder of its own, whatever it is."""
-    folder = Path(_load(SYSTEMS[name]).data.prepared).name
+    folder = Path(_load(SYSTEMS[name].config).data.prepared).name
     own = any(key.startswith(("data.", "conditioning.")) for key in SYSTEMS[name].overrides)
     return str(options.out / "prepared" / (f"{folder}+{name.partition('+')[2]}" if own else folder))
 

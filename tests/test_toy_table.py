@@ -31,6 +31,7 @@ def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
+@functools.cache
 def whole() -> list[Job]:
     return toy_table.list_jobs(Options(OUT))
 
