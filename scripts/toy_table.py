@@ -279,7 +279,7 @@ def _jobs_of(name: str, options: Options) -> list[Job]:
             jobs += _jobs_of(needed, options)
     words = _words(system, options, name)
     share = (options.steps or 300) / 300
-    drawn = min(1.0, (options.quick or 150) / 150)
+    drawn = _share_drawn(options)
     if "prepare" in system.steps and _load(system.config).conditioning.method != "insert":
         jobs.append(Job(f"prepare {Path(_prepared(name, options)).name}", "nabla_jax.prepare", words, 20))
     if "train" in system.steps:
@@ -307,8 +307,8 @@ def _ceiling(options: Options) -> Job:
 
 def _published(name: str, options: Options) -> Job:
     words = _words(SYSTEMS[name], options, name)
-    benchmarks = SYSTEMS[name].benchmarks
-    return _generate(f"published:{name}", words, options.published[name], benchmarks, options, 130)
+    seconds = 130 * _share_drawn(options)
+    return _generate(f"published:{name}", words, options.published[name], SYSTEMS[name].benchmarks, options, seconds)
 
 
 def _evaluate(group: str, names: Sequence[str], options: Options) -> Job:
@@ -382,6 +382,10 @@ def _pictures(options: Options, model: str) -> Path:
 
 def _evaluation(options: Options, group: str) -> Path:
     return options.out / "evaluations" / group
+
+
+def _share_drawn(options: Options) -> float:
+    return min(1.0, (options.quick or 150) / 150)
 
 
 def _benchmarks(names: Sequence[str]) -> tuple[str, ...]:
