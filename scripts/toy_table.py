@@ -1,13 +1,14 @@
 """Every system of the paper, the steps beyond it and the taxonomy's, trained and evaluated at toy size, as a queue.
 
-python -m scripts.toy_table                             # or make toy-table: everything, results in docs/
+python -m scripts.toy_table --docs docs                 # or make toy-table: everything
 python -m scripts.toy_table --group table --only omk_fill,insert_fill --steps 20 --quick 8
 python -m scripts.toy_table --list                      # the commands, none of them run
 
 The queue runs the public commands in order. Each of them continues what an interrupted one left and does nothing where
-its result is complete, so that the queue, too, can be stopped at any moment and run again. What is made lies below
---out: prepared/, runs/, pictures/, evaluations/; systems.json says what each system is, times.jsonl how long each job
-took. A shortened queue (--steps, --quick, another world) has a folder of its own.
+its result is complete, so that the queue, too, can be stopped at any moment and run again. (Killed outright, it leaves
+its command at work, and the next queue's says that another process is.) What is made lies below --out: prepared/, runs/,
+pictures/, evaluations/, results.json and results.md; systems.json says what each system is, times.jsonl how long each
+job took. A shortened queue (--steps, --quick, another world) has a folder of its own.
 """
 
 import argparse
