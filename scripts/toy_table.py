@@ -6,8 +6,8 @@ python -m scripts.toy_table --list                      # the commands, none of 
 
 The queue runs the public commands in order. Each of them continues what an interrupted one left and does nothing where
 its result is complete, so that the queue, too, can be stopped at any moment and run again. (Killed outright, it leaves
-its command at work, and the next queue's says that another process is.) What is made lies below --out: prepared/, runs/,
-pictures/, evaluations/, results.json and results.md; systems.json says what each system is, times.jsonl how long each
+its command at work, and the next queue's says that another process is.) What is made lies below --out: prepared, runs,
+pictures, evaluations, results.json and results.md; systems.json says what each system is, times.jsonl how long each
 job took. A shortened queue (--steps, --quick, another world) has a folder of its own.
 """
 
