@@ -325,7 +325,7 @@ def _evaluate(group: str, names: Sequence[str], options: Options) -> Job:
     sets = [word for model in models for word in ("--pictures", f"{model}={_pictures(options, model)}")]
     words = ("--config", MAIN, *_paths(_load(MAIN), options), *_benchmarks(BENCHMARKS), *_limit(options))
     arguments = (*words, "--out", str(_evaluation(options, group)), *sets)
-    return Job(f"evaluate {group}", "nabla_jax.evaluate", arguments, 40 * len(models))
+    return Job(f"evaluate {group}", "nabla_jax.evaluate", arguments, 30 + 40 * len(models) * _share_drawn(options))
 
 
 def _results(group: str, options: Options) -> Job:
