@@ -33,7 +33,8 @@ COMPARED = (*PAPER, *IDENTITY, "subject_effect")
 MAIN = ("rmse", "normalised_identity")
 UNUSED = {f.name for f in dataclasses.fields(PairScore)} & {*summary.ALL_METRICS, "retrieval_rank"} - {*COMPARED}
 NATIVE = "untuned:kontext_native"
-SETTINGS = ("base.path", "data.levels", "data.similarity", "conditioning.", "lora.", "optim.", "train.", "sample.")
+SETTINGS = ("base.path", "data.", "conditioning.", "lora.", "optim.", "train.", "sample.")
+PLACES = ("data.root", "data.prepared", "data.obtain", "train.workdir")  # settings of no interest
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -116,7 +117,7 @@ def _system(system: Mapping[str, Any]) -> Row:
     """A system with its settings and, where it was trained, when and from which commit."""
     config = configs.load(system["config"], system["overrides"])
     flat = json.loads(json.dumps(configs.flatten(configs.to_dict(config))))
-    settings = {k: v for k, v in flat.items() if k.startswith(SETTINGS) and k != "train.workdir"}
+    settings = {k: v for k, v in flat.items() if k.startswith(SETTINGS) and k not in PLACES}
     starts = runs.RunFolder(Path(system["run"])).environment if system["run"] else None
     trained = None
     if starts is not None and starts.is_file():
@@ -334,7 +335,16 @@ def _order(results: Mapping[str, Any]) -> str:
     words = [_same_order(row) for row in rows]
     counts = collections.Counter(words)
     said = ", ".join(f"{counts[word]} {word}" for word in ("reproduced", "reversed", "open") if counts[word])
-    head = ["metric", "first", "second", "paper: both", "paper: first − second", "here: first − second", "p", "order"]
+    head = [
+        "metric",
+        "first",
+        "second",
+        "paper: both",
+        "paper: first − second",
+        "here: first − second",
+        "p alone",
+        "order",
+    ]
     lines = []
     for row, word in zip(rows, words, strict=True):
         metric, (a, b) = row["metric"], row["published"]
@@ -457,6 +467,16 @@ def _settings(results: Mapping[str, Any]) -> str:
     return f"## Settings\n\nEvery value is in results.json.\n\n{_table(head, lines)}{adapters}"
 
 
+def to_json(results: Mapping[str, Any]) -> str:
+    """JSON with a line for each row of a table, so that a change is seen where it is."""
+    parts = []
+    for key, value in results.items():
+        lines = [json.dumps(item, ensure_ascii=False, allow_nan=False) for item in value] if type(value) is list else []
+        text = "[\n" + ",\n".join(f"  {line}" for line in lines) + "\n ]" if lines else ""
+        parts.append(f" {json.dumps(key)}: {text or json.dumps(value, ensure_ascii=False, allow_nan=False)}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 VERDICTS = ("better", "worse", "open")
 
 
@@ -496,7 +516,7 @@ def main(argv: Sequence[str]) -> None:
     # As the file will be read: no number or tuple that JSON changes.
     page = markdown(json.loads(json.dumps(found)))
     for out in given.out:
-        runs.write_json(out / "results.json", found)
+        runs.write_atomic(out / "results.json", to_json(found))
         runs.write_atomic(out / "results.md", page)
         print(out / "results.md")
 

@@ -340,6 +340,7 @@ def test_the_command_writes_both_files(collected: tuple[Path, dict[str, Any]], t
     for name in ("a", "b"):
         found = json.loads((tmp_path / name / "results.json").read_text())
         assert (tmp_path / name / "results.md").read_text() == results.markdown(found)
+        assert found["rows"] == collected[1]["rows"] and found.keys() == collected[1].keys()
         assert found["machine"]["cores"] >= 1 and np.isfinite([r["mean"] for r in found["rows"]]).all()
     (folder / "evaluations" / "table" / "summary.json").rename(folder / "summary.json")
     with pytest.raises(UserError, match=r"found no evaluation"):
