@@ -370,6 +370,10 @@ def test_train_generate_evaluate(tmp_path: Path) -> None:
     evaluate.main([*words, *pictures, "--out", str(tmp_path / "report"), "--limit", "3"])
     summary = json.loads((tmp_path / "report" / "summary.json").read_text())
     assert {"tuned", "untuned"} <= {row["model"] for row in summary}
+    # What they were drawn with is in the evaluation, too, each value once.
+    for about in json.loads((tmp_path / "report" / "evaluation.json").read_text())["sets"]:
+        chosen = [about[name] for name in ("method", "mask_policy", "expansion", "window", "feather")]
+        assert chosen == [["insert"], ["silhouette"], [1.3], [2.4], [2]]
 
 
 def test_the_papers_configuration_trains_on_folders_of_the_published_structure(tmp_path: Path) -> None:
