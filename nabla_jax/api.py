@@ -306,7 +306,8 @@ def load(
     check_cache(cache, conditioning, adapter_path)
     sample = sample or _sample(metadata)
 
-    mesh = meshes.data_mesh()
+    # Each of several processes draws pictures of its own.
+    mesh = meshes.data_mesh(jax.local_devices())
     sharding = meshes.replicated(mesh)
     transformer = pipeline.load_transformer(folder, dtype=jnp.dtype(dtype), sharding=sharding)
     adapters: reposing.Adapters = {}

@@ -114,6 +114,21 @@ def test_conditions_and_their_variants(setup) -> None:
     check(sample(setup, kontext=False), by_hand(setup, subject_ids=left), plain)
 
 
+def test_remembered_conditions_change_nothing(setup) -> None:
+    """Keys and values from one run of the conditions, or from a run at every step: the same pictures to rounding."""
+    method, base, adapters = setup
+    method = dataclasses.replace(method, independent=True, control_adapter="b")
+    levels = flow.sigmas({"use_dynamic_shifting": True}, 28, GRID[0] * GRID[1])
+    arguments = (base, adapters, batch(), levels, jnp.float32(2.5), jnp.uint32(0))
+    with_cache, without = (
+        np.asarray(reposing.make_sampler(method, cache=cache)(*arguments)) for cache in (True, False)
+    )
+    np.testing.assert_allclose(with_cache, without, rtol=0, atol=1e-5)
+    # There is something to remember: without the pictures the result is another one.
+    other = reposing.make_sampler(method)(base, adapters, {**batch(), "subject": batch()["empty"]}, *arguments[3:])
+    assert np.abs(np.asarray(other) - without).max() > 1e-2
+
+
 def test_image_guidance(setup) -> None:
     plain = sample(setup)
     check(sample(setup, 2.0), by_hand(setup, 2.0), plain)

@@ -1,0 +1,131 @@
+"""Sampling with remembered conditions against running them at every step: ``python -m benchmarks.condition_cache``.
+
+An Om-K adapter with independent conditions on random weights: text, noise, subject and control as in
+``configs/omk_fill.py``, at the width and number of tokens that are asked for. Both sides are ``reposing.sample``,
+compiled beforehand, whole runs in turn. Prints the seconds of each, their ratio beside that of the floating-point
+operations, and the largest difference between the latents they end with.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nabla_jax import flow, reposing
+from nabla_jax.models import flux, layers, lora
+from nabla_jax.models.autoencoder import AutoencoderKLConfig
+
+HEAD = 128
+SCHEDULE = {"use_dynamic_shifting": True}
+SIDES = {"cache": True, "no cache": False}
+
+
+def model(heads: int, double: int, single: int) -> flux.FluxConfig:
+    """FLUX.1-Kontext with fewer heads and blocks."""
+    return flux.FluxConfig(
+        num_layers=double,
+        num_single_layers=single,
+        attention_head_dim=HEAD,
+        num_attention_heads=heads,
+        joint_attention_dim=1024,
+        pooled_projection_dim=768,
+        guidance_embeds=True,
+    )
+
+
+def operations(config: flux.FluxConfig, rank: int, grid: int, text: int) -> tuple[float, float]:
+    """Multiplications and additions of the blocks in one forward pass: those of text and noise, those of conditions."""
+    width, blocks, noise = config.width, config.num_layers + config.num_single_layers, grid * grid
+
+    def linears(tokens: int, rank: int) -> float:
+        # Both kinds of blocks hold four square matrices' worth for attention and eight for the MLP; the low-rank pair
+        # of a matrix has rank times its two sides.
+        return 2 * tokens * (12 * width**2 + 18 * width * rank)
+
+    def attention(queries: int, keys: int) -> float:
+        return 4 * queries * keys * width
+
+    own = linears(text + noise, 0) + attention(text + noise, text + 3 * noise)
+    conditions = 2 * (linears(noise, rank) + attention(noise, noise))
+    return blocks * own, blocks * conditions
+
+
+def adapter(params: layers.Params, rank: int) -> lora.Adapter:
+    """An adapter whose contribution is not zero."""
+    fresh = lora.initialize(jax.random.key(2), params, rank=rank, alpha=float(rank), stacked=flux.STACKED)
+    leaves, structure = jax.tree.flatten(fresh.params)
+    keys = jax.random.split(jax.random.key(3), len(leaves))
+    drawn = [0.02 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    return lora.Adapter(jax.tree.unflatten(structure, drawn), fresh.scale)
+
+
+def inputs(config: flux.FluxConfig, batch: int, grid: int, text: int) -> dict[str, jax.Array]:
+    """Normal draws in the shapes of ``reposing.sample``."""
+    channels = 2 * AutoencoderKLConfig().latent_channels
+    side = flow.path.PATCH * grid
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("subject", "control"), (batch, channels, side, side))
+    shapes |= {
+        "prompt_embeds": (batch, text, config.joint_attention_dim),
+        "pooled": (batch, config.pooled_projection_dim),
+    }
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    data = {name: jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)}
+    return data | {"sample": jnp.arange(batch, dtype=jnp.uint32)}
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--heads", type=int, default=8, help=f"of {HEAD} channels each")
+    parser.add_argument("--blocks", type=int, nargs=2, default=(2, 4), help="double and single")
+    parser.add_argument("--grid", type=int, default=32, help="tokens along one side of a picture")
+    parser.add_argument("--text", type=int, default=128, help="text tokens")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--rounds", type=int, default=2)
+    options = parser.parse_args()
+
+    config = model(options.heads, *options.blocks)
+    graphdef, params = layers.initialize(lambda rngs: flux.Flux(config, rngs=rngs), jax.random.key(1))
+    method = reposing.Method(graphdef, AutoencoderKLConfig(), "adapter", independent=True, guidance_embeds=True)
+    adapters = {"adapter": adapter(params, options.rank)}
+    levels = flow.sigmas(SCHEDULE, options.steps, options.grid**2)
+    data = inputs(config, options.batch, options.grid, options.text)
+    arguments = (params, adapters, data, jnp.asarray(levels), jnp.float32(2.5), jnp.uint32(0))
+    compiled: dict[str, Callable[..., jax.Array]] = {
+        name: reposing.make_sampler(method, cache=cache).lower(*arguments).compile() for name, cache in SIDES.items()
+    }
+
+    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
+    results: dict[str, np.ndarray] = {}
+    for number in range(options.rounds):
+        # Each side is the first one in every other round.
+        for name in list(SIDES)[:: 1 if number % 2 else -1]:
+            start = time.perf_counter()
+            results[name] = np.asarray(compiled[name](*arguments))
+            seconds[name].append(time.perf_counter() - start)
+            print(f"round {number + 1}: {name}: {seconds[name][-1]:.1f} s", flush=True)
+
+    own, conditions = operations(config, options.rank, options.grid, options.text)
+    every = options.batch * options.steps * (own + conditions)
+    once = options.batch * (options.steps * own + conditions)
+    ratios = np.divide(seconds["no cache"], seconds["cache"])
+    difference = np.abs(results["cache"] - results["no cache"]).max()
+    print(
+        f"{options.steps} steps, width {config.width}, {options.text} + 3 x {options.grid**2} tokens, "
+        f"{jax.devices()[0].device_kind}"
+    )
+    for name, work in (("cache", once), ("no cache", every)):
+        median = np.median(seconds[name])
+        print(f"{name}: {median:.1f} s, {work / median / 1e9:.0f} GFLOP/s")
+    spread = f"{ratios.min():.2f} to {ratios.max():.2f}"
+    print(f"times as fast: {np.median(ratios):.2f} ({spread}); by operations: {every / once:.2f}")
+    print(f"largest difference: {difference:.1e} (latents up to {np.abs(results['cache']).max():.1f})")
+
+
+if __name__ == "__main__":
+    main()
