@@ -8,17 +8,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from nabla_jax import assets, evaluate, generate, prepare, runs, train
 from nabla_jax import config as configs
-from nabla_jax.checkpoints import adapters, pipeline
+from nabla_jax.checkpoints import adapters
 from nabla_jax.errors import UserError
 from nabla_jax.hashing import file_sha256
-from nabla_jax.models import flux, layers, lora
 from tests import fixtures
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
@@ -45,35 +43,22 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fixtures.write_base(checkpoints / "FLUX.1-schnell", blocks=1, schnell=True)
     fixtures.write_base(checkpoints / "FLUX.1-Fill-dev", blocks=1, fill=True)
     fixtures.write_redux(checkpoints / "FLUX.1-Redux-dev")
-    write_published_adapter(configs.load(str(FOLDER / "insert_fill.py")), root)
+    insert = configs.load(str(FOLDER / "insert_fill.py"))
+    published = adapters.AdapterMetadata(insert.lora.rank, insert.lora.alpha)
+    start = fixtures.write_adapter(root / insert.lora.start, root / insert.base.path, published)
+    save_file(load_file(start), start)  # the published one says nothing of itself
     networks = {
         "dinov2-base": "dinov2", "siglip-base-patch16-224": "siglip", "siglip2-base-patch16-224": "siglip",
         "lpips-vgg16": "lpips",
     }  # fmt: skip
     for name, asset in networks.items():
         (checkpoints / name).symlink_to(assets.resolve(f"asset:toy-{asset}"))
-    world = fixtures.write_small_world(root / "world", images=48)
+    world = fixtures.write_small_world(root / "world", images=76)
     data.mkdir()
     for folder in world.iterdir():
         (data / folder.name).symlink_to(folder)
     (data / "toybirds").symlink_to(world)
     return root
-
-
-def write_published_adapter(config: configs.Config, root: Path) -> None:
-    """The file that Insert Anything's training begins with: its rank, all linears, no metadata."""
-    model = pipeline.transformer_config(root / config.base.path)
-    _, shapes = layers.abstract(lambda rngs: flux.Flux(model, rngs=rngs))
-    rank, alpha = config.lora.rank, config.lora.alpha
-    fresh = jax.eval_shape(
-        lambda key: lora.initialize(key, shapes, rank=rank, alpha=alpha, stacked=flux.STACKED), jax.random.key(0)
-    )
-    rng = np.random.default_rng(0)
-    drawn = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32) / rank, fresh)
-    path = root / config.lora.start
-    path.parent.mkdir(parents=True)
-    adapters.save_adapter(path, drawn, adapters.AdapterMetadata(rank=rank, alpha=alpha), stacked=flux.STACKED)
-    save_file(load_file(path), path)
 
 
 def shrunk(name: str, size: str, **further: Any) -> tuple[configs.Config, list[str]]:

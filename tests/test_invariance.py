@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 import nabla_jax
-from nabla_jax import api, generate, runs
-from nabla_jax.config import Conditioning, Sample
+from nabla_jax import api, generate, runs, training
+from nabla_jax import config as configs
+from nabla_jax.checkpoints import pipeline
 from nabla_jax.data.pairs import Pair
 from nabla_jax.errors import UserError
 from nabla_jax.parallel import processes
@@ -29,23 +30,40 @@ LIMIT, BATCH = 6, 3
 TOLERANCE = 1e-4
 
 
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The values of a method's configuration and an adapter for it."""
+
+    values: dict[str, Any]
+    adapter: str
+
+    @property
+    def paths(self) -> tuple[str, str]:
+        """Base and adapter."""
+        return self.values["base"]["path"], self.adapter
+
+
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
-    """Method -> base and adapter; FLUX.1-schnell has none."""
-    root = fixtures.insert_root()
-    schnell = fixtures.write_base(tmp_path_factory.mktemp("schnell") / "base", schnell=True, blocks=1)
-    return {
-        "omini": (str(root / "base"), str(fixtures.trained_run())),
-        "insert": (str(root / "fill"), str(root / "insert")),
-        "schnell": (str(schnell), "none"),
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
+    """A small random base and adapter for each method, and a small world."""
+    root = tmp_path_factory.mktemp("invariance")
+    fixtures.write_small_world(root / "world", images=76)
+    fixtures.write_redux(root / "redux")
+    drawing = {"sample__steps": STEPS, "sample__batch": BATCH}
+    values = {
+        "omini": fixtures.values(root, **drawing),
+        "schnell": fixtures.values(root, base__path=str(root / "schnell"), sample__guidance=0.0, **drawing),
+        "insert": fixtures.insert_values(root, **drawing),
     }
-
-
-def load(base: str, adapter: str) -> api.Reposer:
-    sample = Sample(steps=STEPS, seed=5, feather=2)
-    if adapter == "none":
-        return nabla_jax.load(base, conditioning=Conditioning(fixtures.SIZE, text_length=8), sample=sample)
-    return nabla_jax.load(base, adapter, sample=sample)
+    found = {}
+    for method, content in values.items():
+        config = configs.from_dict(content)
+        base = fixtures.write_base(
+            Path(config.base.path), schnell=method == "schnell", fill=method == "insert", blocks=1
+        )  # fmt: skip
+        metadata = training.adapter_metadata(config, 1, pipeline.folder_hash(base / "transformer"))
+        found[method] = Model(content, str(fixtures.write_adapter(root / f"{method}.safetensors", base, metadata)))
+    return found
 
 
 def picture(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -61,46 +79,49 @@ def jobs() -> list[api.Job]:
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """Pictures as they are written, their values before rounding, and on how many devices each batch lay."""
+    """Pictures as they are written, their values before rounding, and over how many devices a batch was cut."""
 
     pictures: list[np.ndarray]
     values: np.ndarray
-    devices: set[int]
+    devices: int
 
 
 def draw(reposer: api.Reposer, chosen: list[api.Job], batch: int) -> Drawn:
-    values, devices = [], set()
+    values, devices = [], []
 
     def decode(params: Any, latents: Any) -> Any:
         images = reposer.decode(params, latents)
         values.append(np.asarray(images) / 2 + 0.5)
-        devices.add(len({str(shard.index) for shard in latents.addressable_shards}))
+        devices.append(len({str(shard.index) for shard in latents.addressable_shards}))
         return images
 
     recording, sample = dataclasses.replace(reposer, decode=decode), dataclasses.replace(reposer.defaults, batch=batch)
     batches = [chosen[i : i + batch] for i in range(0, len(chosen), batch)]
     pictures = [image for jobs in batches for image, _ in recording.repose_batch(jobs, sample)]
+    (count,) = set(devices)
     # Only the last batch is padded.
-    return Drawn(pictures, np.concatenate(values)[: len(chosen)], devices)
+    return Drawn(pictures, np.concatenate(values)[: len(chosen)], count)
 
 
 @pytest.fixture(scope="module")
-def whole(models: dict[str, tuple[str, str]]) -> dict[str, tuple[api.Reposer, Drawn]]:
+def whole(models: dict[str, Model]) -> dict[str, tuple[api.Reposer, Drawn]]:
     """Per method the loaded model and all pictures in one batch on one device."""
-    loaded = {method: load(*models[method]) for method in METHODS}
+    loaded = {method: nabla_jax.load(*models[method].paths) for method in METHODS}
     return {method: (reposer, draw(reposer, jobs(), DEVICES)) for method, reposer in loaded.items()}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_batch_and_order(method: str, whole: dict[str, tuple[api.Reposer, Drawn]]) -> None:
-    """Bit for bit where the program is the same; another batch size is another program."""
+    """Bit for bit in any order; another place in a batch, or another program for another size, rounds otherwise."""
     reposer, expected = whole[method]
-    backwards = draw(reposer, jobs()[::-1], DEVICES)
-    np.testing.assert_array_equal(backwards.values[::-1], expected.values)
-    for number in (0, 5):
-        alone = draw(reposer, [jobs()[number]], DEVICES)
-        np.testing.assert_array_equal(alone.values[0], expected.values[number])
-        np.testing.assert_array_equal(alone.pictures[0], expected.pictures[number])
+    shuffled = np.random.default_rng(0).permutation(DEVICES)
+    again = draw(reposer, [jobs()[i] for i in shuffled], DEVICES)
+    for place, i in enumerate(shuffled):
+        np.testing.assert_array_equal(again.pictures[place], expected.pictures[i])
+    np.testing.assert_array_equal(again.values, expected.values)
+    for place in (0, 5):
+        alone = draw(reposer, [jobs()[place]], DEVICES)
+        np.testing.assert_allclose(alone.values[0], expected.values[place], rtol=0, atol=TOLERANCE)
     threes = draw(reposer, jobs(), 3)
     np.testing.assert_allclose(threes.values, expected.values, rtol=0, atol=TOLERANCE)
     # Not because all are alike.
@@ -109,9 +130,9 @@ def test_batch_and_order(method: str, whole: dict[str, tuple[api.Reposer, Drawn]
 
 def _draw_on_devices(models: str, out: str) -> None:
     """What the subprocess runs."""
-    for method, model in json.loads(models).items():
-        drawn = draw(load(*model), jobs(), DEVICES)
-        assert drawn.devices == {DEVICES}
+    for method, paths in json.loads(models).items():
+        drawn = draw(nabla_jax.load(*paths), jobs(), DEVICES)
+        assert drawn.devices == DEVICES
         pictures = {f"picture {i}": picture for i, picture in enumerate(drawn.pictures)}
         np.savez(Path(out) / f"{method}.npz", values=drawn.values, **pictures)
 
@@ -131,12 +152,13 @@ def finish(*running: subprocess.Popen[str]) -> None:
         assert process.returncode == 0, errors
 
 
-def test_devices(models: dict[str, tuple[str, str]], whole: dict[str, Any], tmp_path: Path) -> None:
+def test_devices(models: dict[str, Model], whole: dict[str, Any], tmp_path: Path) -> None:
     flags = f"--xla_force_host_platform_device_count={DEVICES}"
-    finish(start("_draw_on_devices", json.dumps(models), str(tmp_path), XLA_FLAGS=flags))
+    paths = {method: model.paths for method, model in models.items()}
+    finish(start("_draw_on_devices", json.dumps(paths), str(tmp_path), XLA_FLAGS=flags))
     for method in METHODS:
         expected = whole[method][1]
-        assert expected.devices == {1}
+        assert expected.devices == 1
         with np.load(tmp_path / f"{method}.npz") as found:
             np.testing.assert_allclose(found["values"], expected.values, rtol=0, atol=TOLERANCE, err_msg=method)
             for i, picture in enumerate(expected.pictures):
@@ -178,19 +200,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
-def test_processes_and_interruption(models: dict[str, tuple[str, str]], tmp_path: Path) -> None:
+def test_processes_and_interruption(models: dict[str, Model], tmp_path: Path) -> None:
     """Two processes make the files of one, byte for byte, also after one of them was killed."""
-    root = fixtures.insert_root()
-    values = {
-        "omini": fixtures.values(root),
-        "schnell": fixtures.values(root, base__path=models["schnell"][0], sample__steps=4, sample__guidance=0.0),
-        "insert": fixtures.insert_values(root),
-    }
 
     def command(method: str, out: str) -> list[str]:
-        file = fixtures.write_values(values[method] | {"sample": values[method]["sample"] | {"batch": BATCH}},
-                                     tmp_path / f"{method}.py")  # fmt: skip
-        words = ["--config", str(file), "--adapter", models[method][1], "--out", str(tmp_path / out / method)]
+        file = fixtures.write_values(models[method].values, tmp_path / f"{method}.py")
+        words = ["--config", str(file), "--adapter", models[method].adapter, "--out", str(tmp_path / out / method)]
         return [*words, "--limit", str(LIMIT), "--subjects", "right"]
 
     # Of two batches each process has one; the second dies before the second of its three rows.
@@ -219,9 +234,9 @@ def test_processes_and_interruption(models: dict[str, tuple[str, str]], tmp_path
         assert one == two
 
 
-def test_rows_that_processes_left_behind_are_taken_over(tmp_path: Path) -> None:
+def test_rows_that_processes_left_behind_are_taken_over(models: dict[str, Model], tmp_path: Path) -> None:
     """By a single process, too; nothing is made again but what has no picture."""
-    config = fixtures.config(fixtures.prepared_root())
+    config = configs.from_dict(models["omini"].values)
     (work,) = generate.read_works(config, ["nabla"], ["right"], tmp_path, 10)
     made: list[str] = []
 
