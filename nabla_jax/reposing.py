@@ -219,8 +219,6 @@ def sample(
     guidance: jax.Array,
     seed: jax.Array,
     image_guidance: jax.Array | None = None,
-    *,
-    cache: bool = True,
 ) -> jax.Array:
     """Draws the latents of a batch of pictures by Euler's method, as one scan.
 
@@ -232,7 +230,6 @@ def sample(
       seed: integer scalar; with the number of a picture it fixes the picture.
       image_guidance: float32 scalar or None: how strongly the conditions are followed, against black pictures in
         their places; twice the work (see ``omini.image_guided``).
-      cache: whether independent conditions run once and are remembered; otherwise at every step, to the same end.
 
     Returns:
       Scaled latents [B, C, h, w] float32.
@@ -250,7 +247,7 @@ def sample(
 
     def prepared(batch: Batch) -> Shown:
         pictures = shown(method, batch, seed)
-        if isinstance(pictures, diptych.Masked) or not (cache and method.independent):
+        if isinstance(pictures, diptych.Masked) or not method.independent:
             return pictures
         return remember(method, base, adapters, pictures, text[1])
 
@@ -272,6 +269,6 @@ def sample(
     return flow.unpack(flow.euler(velocity, start, jnp.asarray(sigmas)), height, width)
 
 
-def make_sampler(method: Method, *, cache: bool = True) -> Callable[..., jax.Array]:
+def make_sampler(method: Method) -> Callable[..., jax.Array]:
     """``sample`` compiled for one method: (base, adapters, batch, sigmas, guidance, seed[, image]) -> latents."""
-    return jax.jit(lambda *arguments: sample(method, *arguments, cache=cache))
+    return jax.jit(lambda *arguments: sample(method, *arguments))
