@@ -179,13 +179,22 @@ class Reposer:
 
         With method insert the target lies there with a window round its bird; the rest of the picture stays as it is.
         Runs one compiled program for batches of ``sample.batch``: shorter lists are padded by repeating the
-        last job. Raises UserError for sibling guidance of a job without a sibling.
+        last job. The order of the jobs does not matter. Raises UserError for sibling guidance of a job without a
+        sibling.
         """
         if not 0 < len(jobs) <= sample.batch:
             raise ValueError(f"{len(jobs)} jobs, expected 1 to {sample.batch}")
         meshes.check_batch(sample.batch, self.mesh, "sample.batch")
+        # A place in a batch is seen in the last bit of a result.
+        order = sorted(range(len(jobs)), key=lambda i: jobs[i].key)
+        chosen = [jobs[i] for i in order]
         if self.diptychs is not None:
-            return self._repose_diptychs(jobs, sample, self.diptychs)
+            made = self._repose_diptychs(chosen, sample, self.diptychs)
+        else:
+            made = self._repose_conditions(chosen, sample)
+        return [made[order.index(i)] for i in range(len(jobs))]
+
+    def _repose_conditions(self, jobs: Sequence[Job], sample: Sample) -> list[tuple[Array, Placement]]:
         canvases = []
         for job in jobs:
             subject = controls.subject_canvas(job.subject, job.subject_mask, self.conditioning.condition_size)
@@ -344,7 +353,8 @@ def load(
     check_cache(cache, conditioning, adapter_path)
     sample = sample or _sample(metadata)
 
-    mesh = meshes.data_mesh()
+    # Each of several processes draws pictures of its own.
+    mesh = meshes.data_mesh(jax.local_devices())
     sharding = meshes.replicated(mesh)
     transformer = pipeline.load_transformer(folder, dtype=jnp.dtype(dtype), sharding=sharding)
     adapters: reposing.Adapters = {}

@@ -9,9 +9,12 @@ A benchmark's pictures go to ``OUT/BENCHMARK/right`` and, with a subject of anot
 same command makes what is missing. A picture depends on (seed, pair) and not on the batch it is made in.
 With sample.sibling_guidance every pair has a sibling, too: a picture of a related species, see ``sibling_subjects``.
 A benchmark that is a list in the folder of another one shares its pictures where they are there: its rows name them.
+All devices share each batch. Several processes (NABLA_COORDINATOR, see parallel/processes.py) share the batches of a
+benchmark and write into one folder that all of them see.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import os
@@ -208,6 +211,7 @@ class Work:
 
 
 Made = tuple[Array, dict[str, Any]]  # a picture and its placement as JSON
+MANIFEST = "manifest.jsonl"
 
 
 def _make_benchmarks(config: configs.Config, arguments: argparse.Namespace) -> None:
@@ -218,7 +222,15 @@ def _make_benchmarks(config: configs.Config, arguments: argparse.Namespace) -> N
     works = list(read_works(config, _benchmarks(config, arguments), kinds, arguments.out, arguments.limit))
     with runs.writing(arguments.out):
         arguments.out.mkdir(parents=True, exist_ok=True)
-    with runs.lock(arguments.out / ".lock", f"--out {arguments.out}"):
+    import jax
+
+    from nabla_jax.parallel import mesh as meshes
+    from nabla_jax.parallel import processes
+
+    processes.initialize()
+    meshes.check_batch(config.sample.batch, meshes.data_mesh(jax.local_devices()), "sample.batch")
+    lock = runs.lock(arguments.out / ".lock", f"--out {arguments.out}")
+    with lock if processes.is_first() else contextlib.nullcontext():
         chosen = ("none", None) if arguments.reference else (arguments.adapter, arguments.control_adapter)
         reposer = _load(config, *chosen)
         settings = _settings(config, reposer, arguments)
@@ -336,28 +348,67 @@ def make(work: Work, settings: dict[str, Any], batch: int, maker: Callable[[Sequ
     """Makes the missing pictures of ``work``, each written whole before its row.
 
     Pairs are cut into the same batches whatever is missing, so a continued run repeats the very computation
-    of an uninterrupted one.
+    of an uninterrupted one. Among several processes all must call this: each makes its share of the batches and keeps
+    a list of its own, from which the first process takes the rows in the end, or a later run where it came to none.
 
-    Raises UserError when the folder holds pictures made with other settings.
+    Raises UserError when the folder holds pictures made with other settings, or is not the same for all processes.
     """
     from nabla_jax.images import write_image
+    from nabla_jax.parallel import processes
 
-    manifest = runs.JsonLines(work.folder / "manifest.jsonl")
-    _check_settings(work, settings, manifest.rows)
-    manifest.keep(lambda row: (work.folder / row["file"]).is_file())
-    manifest.extend(_shared_rows(work, settings, {row["pair"] for row in manifest.rows}))
-    done = {row["pair"] for row in manifest.rows}
+    what, (index, count) = f"{work.name}/{work.kind}", processes.part()
+    # Every process looks before the first one writes, so that all of them refuse.
+    _check_settings(work, settings, [row for path in _lists(work) for row in runs.read_rows(path)])
+    processes.wait_for_all(f"{what} checked")
+    if processes.is_first():
+        _collect(work, settings)
+    processes.wait_for_all(f"{what} collected")
+    done = {row["pair"] for row in runs.read_rows(work.folder / MANIFEST)}
     batches = [work.pairs[i : i + batch] for i in range(0, len(work.pairs), batch)]
-    with runs.progress(len(work.pairs), f"{work.name}/{work.kind}", unit="picture") as bar:
-        for pairs in batches:
-            if any(pair.key not in done for pair in pairs):
-                for pair, (image, placement) in zip(pairs, maker(pairs), strict=True):
-                    if pair.key in done:
-                        continue
-                    write_image(image, work.path(pair))
-                    manifest.append(_row(work, pair, image, placement, settings))
+    missing = [pairs for pairs in batches if any(pair.key not in done for pair in pairs)]
+    share = processes.own_share(missing)
+    rows = runs.JsonLines(work.folder / (MANIFEST if count == 1 else f"manifest-{index}.jsonl"))
+    there = len(work.pairs) - sum(map(len, missing))
+    with runs.progress(there + sum(map(len, share)), what, done=there, unit="picture") as bar:
+        for pairs in share:
+            for pair, (image, placement) in zip(pairs, maker(pairs), strict=True):
+                if pair.key in done:
+                    continue
+                write_image(image, work.path(pair))
+                rows.append(_row(work, pair, image, placement, settings))
             bar.update(len(pairs))
-    manifest.close()
+    rows.close()
+    processes.wait_for_all(f"{what} made")
+    if count > 1 and processes.is_first():
+        done = {row["pair"] for row in _collect(work, settings)}
+        absent = [pair.key for pair in work.pairs if pair.key not in done]
+        if absent:
+            raise UserError(f"{work.folder}: found no pair {absent[0]}, expected one folder that all processes see")
+
+
+def _lists(work: Work) -> list[Path]:
+    """Where rows are: the manifest, and what several processes have not handed over to it."""
+    return [work.folder / MANIFEST, *sorted(work.folder.glob("manifest-*.jsonl"))]
+
+
+def _collect(work: Work, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Brings all rows whose picture is there into the manifest, and returns them.
+
+    Those of other lists come in the order of the pairs, as a single process writes them.
+    """
+    manifest, *others = _lists(work)
+    whole = runs.JsonLines(manifest)
+    whole.keep(lambda row: (work.folder / row["file"]).is_file())
+    done = {row["pair"] for row in whole.rows}
+    rows = [row for path in others for row in runs.read_rows(path) if row["pair"] not in done]
+    order = {pair.key: i for i, pair in enumerate(work.pairs)}
+    rows.sort(key=lambda row: order.get(row["pair"], len(order)))
+    whole.extend([row for row in rows if (work.folder / row["file"]).is_file()])
+    whole.extend(_shared_rows(work, settings, {row["pair"] for row in whole.rows}))
+    whole.close()
+    for path in others:
+        path.unlink()
+    return whole.rows
 
 
 def _row(work: Work, pair: "Pair", image: Array, placement: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -384,7 +435,7 @@ def _shared_rows(work: Work, settings: dict[str, Any], done: set[str]) -> list[d
         return []
     there = {
         (row["subject_id"], row["target_id"]): row
-        for row in runs.read_rows(work.whole / "manifest.jsonl")
+        for row in runs.read_rows(work.whole / MANIFEST)
         if not _differing(row, settings) and (work.whole / row["file"]).is_file()
     }
     chosen = {pair.key: there.get((pair.subject_id, pair.target_id)) for pair in work.pairs if pair.key not in done}

@@ -15,9 +15,9 @@ from flax import nnx
 
 from nabla_jax import config as configs
 from nabla_jax import prepare, train
-from nabla_jax.checkpoints import pipeline
+from nabla_jax.checkpoints import adapters, pipeline
 from nabla_jax.checkpoints.transformers_folder import save_redux
-from nabla_jax.models import autoencoder, clip, flux, layers, redux, siglip, t5
+from nabla_jax.models import autoencoder, clip, flux, layers, lora, redux, siglip, t5
 from nabla_jax.pretrain import text
 from nabla_jax.toybirds import write_world
 
@@ -102,6 +102,19 @@ def write_redux(folder: Path, seed: int = 0, width: int = 16) -> Path:
     model = redux.ReduxConfig(tower, redux.ReduxEmbedderConfig(redux_dim=16, txt_in_features=width))
     save_redux(folder, model, random_params(lambda rngs: redux.Redux(model, rngs=rngs), rng))
     return folder
+
+
+def write_adapter(path: Path, base: Path, metadata: adapters.AdapterMetadata, seed: int = 0) -> Path:
+    """An adapter on every linear of a pipeline folder's transformer, with random weights and this metadata."""
+    model = pipeline.transformer_config(base)
+    _, shapes = layers.abstract(lambda rngs: flux.Flux(model, rngs=rngs))
+    make = functools.partial(lora.initialize, params=shapes, rank=metadata.rank, alpha=metadata.alpha)
+    fresh = jax.eval_shape(functools.partial(make, stacked=flux.STACKED), jax.random.key(0))
+    rng = np.random.default_rng(seed)
+    drawn = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32) / metadata.rank, fresh)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    adapters.save_adapter(path, drawn, metadata, stacked=flux.STACKED)
+    return path
 
 
 def write_small_world(folder: Path, seed: int = 0, images: int = 144) -> Path:
