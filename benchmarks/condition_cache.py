@@ -8,6 +8,7 @@ seconds, their ratio beside that of the floating-point operations, and the large
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 
@@ -87,7 +88,7 @@ def samplers(
     """The two sides, compiled; each gives latents [B, C, h, w]."""
     guidance, seed = 2.5, jnp.uint32(0)
     arguments = (params, adapters, data, jnp.asarray(levels), jnp.float32(guidance), seed)
-    remembering = reposing.make_sampler(method).lower(*arguments).compile()
+    remembering = jax.jit(functools.partial(reposing.sample, method)).lower(*arguments).compile()
     height, width = data["control"].shape[-2:]
     grid, text = (height // flow.path.PATCH, width // flow.path.PATCH), (data["prompt_embeds"], data["pooled"])
     channels = flow.path.PATCH**2 * method.vae.latent_channels

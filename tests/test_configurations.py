@@ -120,7 +120,7 @@ def test_train_generate_evaluate(name: str, size: str, everything: Path, monkeyp
     assert {"rmse", "dinov2", "siglip", "lpips", "normalised_identity"} <= set(summary)
     # What pictures were drawn with is in the evaluation, too, each value once.
     sets = json.loads((report / "evaluation.json").read_text())["sets"]
-    (about,) = [found for found in sets if found["name"] == name]
+    (about,) = [found for found in sets if found["model"] == name]
     if config.conditioning.method == "insert":
         for field in ("mask_policy", "expansion", "window", "feather"):
             assert about[field] == [getattr(config.sample, field)]
