@@ -339,25 +339,22 @@ def host_row(step: int, values: Values, timing: Mapping[str, float]) -> dict[str
 def export(config: Config, folder: runs.RunFolder, adapter: Adapter, step: int, base_sha256: str) -> Path:
     """Writes the adapter of a step and then points ``adapters/last`` at it."""
     path = folder.adapter(step, config.lora.name)
+    metadata = adapter_metadata(config, step, base_sha256)
+    if config.lora.frozen:
+        metadata = dataclasses.replace(metadata, rank=adapter.rank, alpha=adapter.scale * adapter.rank)
     with runs.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        adapter_files.save_adapter(
-            path,
-            adapter,
-            adapter_metadata(config, adapter, step, base_sha256),
-            stacked=flux.STACKED,
-        )
+        adapter_files.save_adapter(path, adapter, metadata, stacked=flux.STACKED)
     runs.write_atomic(folder.last, f"step_{step}\n")
     return path
 
 
-def adapter_metadata(config: Config, adapter: Adapter, step: int, base_sha256: str) -> adapter_files.AdapterMetadata:
-    """What generation must know of a training run that exports ``adapter``."""
+def adapter_metadata(config: Config, step: int, base_sha256: str) -> adapter_files.AdapterMetadata:
+    """What generation must know of a training run; rank and alpha are those of what it trains."""
     folder = resolve_base(config)
     return adapter_files.AdapterMetadata(
-        rank=adapter.rank,
-        # As it was given: alpha / rank * rank need not be alpha.
-        alpha=adapter.scale * adapter.rank if config.lora.frozen else config.lora.alpha,
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
         base=folder.name,
         base_sha256=base_sha256,
         in_channels=flux.FluxConfig.from_json(folder / "transformer" / "config.json").in_channels,

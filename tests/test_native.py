@@ -142,8 +142,9 @@ def test_the_adapter_acts_on_everything(tmp_path: Path) -> None:
     random = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) / 4, drawn.params)
     config = fixtures.config(root, conditioning__method="native")
     path = tmp_path / "fill.safetensors"
+    adapter = lora.Adapter(random, drawn.scale)
     metadata = training.adapter_metadata(config, 1, bare.base_sha256)
-    adapters.save_adapter(path, lora.Adapter(random, drawn.scale), metadata, stacked=flux.STACKED)
+    adapters.save_adapter(path, adapter, metadata, stacked=flux.STACKED)
     merge_adapter(path, root / "base", tmp_path / "merged")
     (a, a_mask), (b, b_mask) = picture(40, 60, 0), picture(50, 30, 1)
     sets = [
