@@ -3,6 +3,7 @@
 import atexit
 import functools
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -102,6 +103,11 @@ def write_redux(folder: Path, seed: int = 0, width: int = 16) -> Path:
     model = redux.ReduxConfig(tower, redux.ReduxEmbedderConfig(redux_dim=16, txt_in_features=width))
     save_redux(folder, model, random_params(lambda rngs: redux.Redux(model, rngs=rngs), rng))
     return folder
+
+
+def fake_devices(count: int) -> str:
+    """XLA_FLAGS of a command that sees so many devices, beside the suite's own."""
+    return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
 
 
 def write_adapter(path: Path, base: Path, metadata: adapters.AdapterMetadata, seed: int = 0) -> Path:

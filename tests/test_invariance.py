@@ -153,7 +153,7 @@ def finish(*running: subprocess.Popen[str]) -> None:
 
 
 def test_devices(models: dict[str, Model], whole: dict[str, Any], tmp_path: Path) -> None:
-    flags = f"--xla_force_host_platform_device_count={DEVICES}"
+    flags = fixtures.fake_devices(DEVICES)
     paths = {method: model.paths for method, model in models.items()}
     finish(start("_draw_on_devices", json.dumps(paths), str(tmp_path), XLA_FLAGS=flags))
     for method in METHODS:
