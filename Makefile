@@ -1,4 +1,6 @@
 # make demo  — train a short run on the embedded world, re-pose birds, evaluate: runs/demo/report/index.html
+# make toy-table   — every system of the paper and every step beyond it at toy size: docs/results.md; hours on two cores
+# make toy-assets  — every shipped checkpoint from nothing; a day on two cores
 # make test  — every test but those of the browser; both install what they need into .venv first
 # make test-browser — the report in a headless Chromium, which apt-get installs where there is none
 #
@@ -11,7 +13,7 @@ WORLD_SEED ?= 0
 TORCH_INDEX ?=
 BIN := .venv/bin
 
-.PHONY: install demo test test-browser lint types bench clean
+.PHONY: install demo toy-table toy-assets test test-browser lint types bench clean
 
 install: .venv/installed
 
@@ -26,6 +28,12 @@ install: .venv/installed
 
 demo: install
 	@WORLD_SEED=$(WORLD_SEED) PYTHON=$(BIN)/python scripts/demo.sh
+
+toy-table: install
+	@$(BIN)/python -m scripts.toy_table --docs docs
+
+toy-assets: install
+	@PYTHON=$(BIN)/python bash scripts/toy_assets.sh
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=20 --ignore=tests/browser

@@ -12,6 +12,11 @@ KONTEXT = (
     "checkpoints/FLUX.1-Kontext-dev` (34 GB)"
 )
 
+SCHNELL = (
+    "run `hf auth login` and `hf download black-forest-labs/FLUX.1-schnell --exclude flux1-schnell.safetensors "
+    "--local-dir checkpoints/FLUX.1-schnell` (34 GB, Apache-2.0)"
+)
+
 NABIRDS = (
     "request NABirds at https://dl.allaboutbirds.org/nabirds, unpack it so that data/nabirds/images.txt "
     "exists, and put a mask of every bird at data/nabirds/masks/CLASS/IMAGE.png, or let python -m nabla_jax.extract "
@@ -115,6 +120,21 @@ def with_control(control: str, arg: str) -> ConfigDict:
     config.lora.name = f"omk_{control}"
     config.data.prepared = f"{config.data.prepared}-{control}"
     config.train.workdir = config.train.workdir.replace("fill", control)
+    return config
+
+
+def schnell(control: str, arg: str) -> ConfigDict:
+    """The run of ``with_control`` on FLUX.1-schnell, which draws in four steps and takes no guidance."""
+    config = with_control(control, arg)
+    small = "toy" in sizes(arg, ("toy",))
+    config.base.path = "asset:toy-flux-schnell" if small else "checkpoints/FLUX.1-schnell"
+    config.base.obtain = "" if small else SCHNELL
+    config.data.prepared = config.data.prepared.replace("kontext", "schnell")
+    config.lora.name = f"oms_{control}"
+    config.train.workdir = config.train.workdir.replace("omk", "oms")
+    config.sample.steps = 4
+    # Unused by this base, and written into the manifests of its pictures: what diffusers' schnell example says.
+    config.sample.guidance = 0.0
     return config
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,15 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from nabla_jax import assets, draws, flow, reposing, runs
+from nabla_jax import assets, diptychs, draws, flow, reposing, runs
 from nabla_jax.checkpoints import adapters as adapter_files
 from nabla_jax.checkpoints import pipeline
 from nabla_jax.conditioning.geometry import Placement
+from nabla_jax.conditioning.masks import repaint_mask
 from nabla_jax.conditioning.text import PromptEncoder, load_text_stack, make_prompt_encoder
-from nabla_jax.config import Conditioning, Sample
+from nabla_jax.config import Conditioning, Config, Sample
 from nabla_jax.data import controls
+from nabla_jax.diptychs import DiptychEncoder
 from nabla_jax.errors import UserError
 from nabla_jax.hashing import file_sha256
 from nabla_jax.models import flux, layers
@@ -32,6 +34,8 @@ from nabla_jax.parallel import mesh as meshes
 Array = np.ndarray[Any, Any]
 Picture = Array | Image.Image | str | os.PathLike[str]
 NO_ADAPTER = "none"
+APPLIES_TO: dict[str, Literal["condition", "all"]] = {"omini": "condition", "native": "all", "insert": "all"}
+"""By method, the tokens that its adapters act on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Job:
       target_depth: [H, W] uint8, near is bright; only control depth needs it.
       target_keypoints: [parts, 3] int (row, column, visible); only control keypoints needs it.
       target_caption: only caption policy background needs it.
+      sibling, sibling_mask: picture [H, W, 3] uint8 of a related bird and its mask [H, W]; only sibling guidance needs
+        them.
     """
 
     key: str
@@ -55,6 +61,8 @@ class Job:
     target_depth: Array | None = None
     target_keypoints: Array | None = None
     target_caption: str | None = None
+    sibling: Array | None = None
+    sibling_mask: Array | None = None
 
     @property
     def target_view(self) -> controls.View:
@@ -64,7 +72,10 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Reposer:
-    """A loaded base with an adapter, with one each for subject and control, or with none; made by ``load``."""
+    """A loaded base with an adapter, with one each for subject and control, or with none; made by ``load``.
+
+    Method insert has ``diptychs`` and no ``text``: the subject's picture takes its place.
+    """
 
     conditioning: Conditioning
     defaults: Sample
@@ -73,7 +84,7 @@ class Reposer:
     adapters: reposing.Adapters
     vae: pipeline.Component
     schedule: dict[str, Any]
-    text: tuple[Array, Array] | PromptEncoder  # of the one prompt, or for the captions of background
+    text: tuple[Array, Array] | PromptEncoder | None  # of the one prompt, or for the captions of background
     mesh: Mesh
     base_path: Path
     base_sha256: str
@@ -84,6 +95,7 @@ class Reposer:
     decode: Callable[[layers.Params, jax.Array], jax.Array]
     control_path: Path | None = None
     control_sha256: str | None = None
+    diptychs: DiptychEncoder | None = None
 
     def repose(
         self,
@@ -95,9 +107,12 @@ class Reposer:
         target_depth: Picture | None = None,
         target_keypoints: Array | str | os.PathLike[str] | None = None,
         target_caption: str | None = None,
+        sibling: Picture | None = None,
+        sibling_mask: Picture | None = None,
         seed: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        sibling_guidance: float | None = None,
         key: str = "",
     ) -> Image.Image:
         """The subject's bird in the target's pose and surroundings, at the target's size.
@@ -109,13 +124,23 @@ class Reposer:
           target_keypoints: [11, 3] (row, column, visible) or a file (see ``controls.read_keypoints``); for adapters
             with control keypoints.
           target_caption: what is to be seen round the bird; for adapters with caption policy background.
+          sibling, sibling_mask: a bird of a related species and its silhouette, for sibling guidance.
           seed: with ``key`` it fixes the result; default as configured.
           steps: Euler steps; default as configured.
           guidance: scale; default as configured.
+          sibling_guidance: how strongly the subject is followed, against the sibling; default as configured. 1 needs no
+            sibling, anything else takes twice the time.
 
-        Raises UserError for a picture that cannot be read, a mask of another size, and an empty mask.
+        Raises UserError for a picture that cannot be read, a mask of another size, an empty mask, and sibling guidance
+        without a sibling.
         """
         subject_pixels, target_pixels = _pixels(subject, "subject"), _pixels(target, "target")
+        if (sibling is None) != (sibling_mask is None):
+            raise UserError("sibling: found one of sibling and sibling_mask, expected both or none")
+        sibling_pixels = sibling_silhouette = None
+        if sibling is not None and sibling_mask is not None:
+            sibling_pixels = _pixels(sibling, "sibling")
+            sibling_silhouette = _mask(sibling_mask, sibling_pixels, "sibling_mask")
         job = Job(
             key,
             subject_pixels,
@@ -125,13 +150,19 @@ class Reposer:
             None if target_depth is None else _depth(target_depth, target_pixels, "target_depth"),
             None if target_keypoints is None else _keypoints(target_keypoints, target_pixels, "target_keypoints"),
             target_caption,
+            sibling_pixels,
+            sibling_silhouette,
         )
-        sample = self.sample_settings(seed, steps, guidance)
+        sample = self.sample_settings(seed, steps, guidance, sibling_guidance)
         (result, _), *_ = self.repose_batch([job], dataclasses.replace(sample, batch=self.mesh.size))
         return Image.fromarray(result)
 
     def sample_settings(
-        self, seed: int | None = None, steps: int | None = None, guidance: float | None = None
+        self,
+        seed: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        sibling_guidance: float | None = None,
     ) -> Sample:
         """The configured settings with those that are given replaced."""
         default = self.defaults
@@ -140,48 +171,90 @@ class Reposer:
             seed=default.seed if seed is None else seed,
             steps=default.steps if steps is None else steps,
             guidance=default.guidance if guidance is None else guidance,
+            sibling_guidance=default.sibling_guidance if sibling_guidance is None else sibling_guidance,
         )
 
     def repose_batch(self, jobs: Sequence[Job], sample: Sample) -> list[tuple[Array, Placement]]:
         """One picture per job at its target's size, and how its target lay on the canvas.
 
+        With method insert the target lies there with a window round its bird; the rest of the picture stays as it is.
         Runs one compiled program for batches of ``sample.batch``: shorter lists are padded by repeating the
-        last job.
+        last job. The order of the jobs does not matter. Raises UserError for sibling guidance of a job without a
+        sibling.
         """
         if not 0 < len(jobs) <= sample.batch:
             raise ValueError(f"{len(jobs)} jobs, expected 1 to {sample.batch}")
         meshes.check_batch(sample.batch, self.mesh, "sample.batch")
-        size = self.conditioning.size
+        # A place in a batch is seen in the last bit of a result.
+        order = sorted(range(len(jobs)), key=lambda i: jobs[i].key)
+        chosen = [jobs[i] for i in order]
+        if self.diptychs is not None:
+            made = self._repose_diptychs(chosen, sample, self.diptychs)
+        else:
+            made = self._repose_conditions(chosen, sample)
+        return [made[order.index(i)] for i in range(len(jobs))]
+
+    def _repose_conditions(self, jobs: Sequence[Job], sample: Sample) -> list[tuple[Array, Placement]]:
         canvases = []
         for job in jobs:
-            subject = controls.subject_canvas(job.subject, job.subject_mask, size)
+            subject = controls.subject_canvas(job.subject, job.subject_mask, self.conditioning.condition_size)
             control = controls.control_canvas(job.target_view, self.conditioning)
-            canvases.append((subject.pixels, control.pixels, control.placement))
+            placement = controls.target_placement(job.target_mask, self.conditioning.size, 0)
+            canvases.append((subject.pixels, control.pixels, placement))
         padded = [*canvases, *canvases[-1:] * (sample.batch - len(canvases))]
-        numbers = [draws.number(job.key) for job in jobs]
-        numbers += numbers[-1:] * (sample.batch - len(jobs))
         embeds, pooled = self._text(jobs, sample.batch)
         batch = {
             "subject": self._moments([c[0] for c in padded]),
             "control": self._moments([c[1] for c in padded]),
-            "sample": np.asarray(numbers, np.uint32),
+            "sample": _numbers(jobs, sample.batch),
             "prompt_embeds": embeds,
             "pooled": pooled,
         }
+        if sample.sibling_guidance != 1:
+            siblings = [self._sibling_pixels(job) for job in jobs]
+            batch["sibling"] = self._moments([*siblings, *siblings[-1:] * (sample.batch - len(siblings))])
         images = self.draw(batch, sample)
         return [(c[2].invert(image), c[2]) for image, c in zip(images, canvases, strict=False)]
 
+    def _sibling_pixels(self, job: Job) -> Array:
+        if job.sibling is None or job.sibling_mask is None:
+            raise UserError("sibling_guidance: found no sibling, expected the picture and mask of a related bird")
+        return controls.subject_canvas(job.sibling, job.sibling_mask, self.conditioning.condition_size).pixels
+
+    def _repose_diptychs(
+        self, jobs: Sequence[Job], sample: Sample, encoder: DiptychEncoder
+    ) -> list[tuple[Array, Placement]]:
+        size, numbers = self.conditioning.size, _numbers(jobs, sample.batch)
+        halves, placements, masks = [], [], []
+        for job, number in zip(jobs, numbers, strict=False):
+            rng = draws.generator(sample.seed, int(number), draws.REPAINT_MASK)
+            mask = repaint_mask(job.target_mask, sample.mask_policy, rng)
+            placement = controls.target_placement(job.target_mask, size, sample.window)
+            subject = controls.subject_canvas(job.subject, job.subject_mask, size, sample.expansion)
+            target = controls.target_canvas(job.target, size, placement)
+            pictures = (np.moveaxis(canvas.pixels, -1, 0) for canvas in (subject, target))
+            halves.append((*pictures, controls.repaint_canvas(mask, placement)))
+            placements.append(placement)
+            masks.append(mask)
+        columns = zip(*halves, *[halves[-1]] * (sample.batch - len(halves)), strict=True)
+        batch = dict(zip(("subject", "target", "repaint"), map(np.stack, columns), strict=True))
+        images = self.draw(encoder({**batch, "sample": numbers}), sample)[:, :, size:]
+        rows = zip(images, jobs, placements, masks, strict=False)
+        return [(p.paste(image, job.target, sample.feather, mask), p) for image, job, p, mask in rows]
+
     def draw(self, batch: reposing.Batch, sample: Sample) -> Array:
-        """Square pictures [B, size, size, 3] uint8; for ``batch`` see ``reposing.sample``."""
-        height, width = np.shape(batch["subject"])[-2:]
+        """Pictures [B, size, size, 3] uint8, or diptychs twice as wide; for ``batch`` see ``reposing.sample``."""
+        height, width = self.method.latent_size(batch)
         levels = flow.sigmas(self.schedule, sample.steps, height * width // flow.path.PATCH**2)
         with jax.set_mesh(self.mesh):
-            inputs = dict(batch)
-            image_guidance = []
+            inputs = {name: value for name, value in batch.items() if name not in ("target", "mask")}
+            image_guidance = sibling_guidance = None
             if sample.image_guidance != 1:
-                size = self.conditioning.size
+                size = self.conditioning.condition_size
                 inputs["empty"] = self._moments([np.zeros((size, size, 3), np.uint8)] * len(inputs["sample"]))
-                image_guidance = [jnp.float32(sample.image_guidance)]
+                image_guidance = jnp.float32(sample.image_guidance)
+            if sample.sibling_guidance != 1:
+                sibling_guidance = jnp.float32(sample.sibling_guidance)
             latents = self.sampler(
                 self.base,
                 self.adapters,
@@ -189,7 +262,8 @@ class Reposer:
                 jnp.asarray(levels),
                 jnp.float32(sample.guidance),
                 jnp.uint32(sample.seed),
-                *image_guidance,
+                image_guidance,
+                sibling_guidance,
             )
             return to_pixels(self.decode(self.vae.params, latents))
 
@@ -205,6 +279,7 @@ class Reposer:
 
     def _text(self, jobs: Sequence[Job], count: int) -> tuple[Array, Array]:
         """Prompt embeddings [count, T, D] and pooled vectors [count, P]; the last job fills up."""
+        assert self.text is not None
         if not callable(self.text):
             embeds, pooled = self.text
             return np.repeat(embeds, count, axis=0), np.repeat(pooled, count, axis=0)
@@ -226,6 +301,7 @@ def load(
     conditioning: Conditioning | None = None,
     sample: Sample | None = None,
     dtype: str | None = None,
+    redux: str | os.PathLike[str] | None = None,
 ) -> Reposer:
     """Loads a base and, on it, an adapter.
 
@@ -240,6 +316,7 @@ def load(
         is an error.
       sample: default settings of sampling; otherwise from the adapter's metadata.
       dtype: float32 or bfloat16; default bfloat16 on accelerators and float32 on CPU.
+      redux: the FLUX.1-Redux folder of method insert, or ``asset:NAME``; default from the adapter's metadata.
 
     Raises UserError when something is missing, the adapter belongs to another base, or the cache is asked for with an
     adapter whose conditions see text and noise.
@@ -254,6 +331,13 @@ def load(
         metadata = adapter_files.read_metadata(adapter_path)
         check_adapter(adapter_path, metadata, folder, base_sha256, conditioning)
     conditioning = conditioning or _conditioning(metadata, adapter_path)
+    pipeline.check_channels(folder, method_name(conditioning))
+    pipeline.check_sides(folder, conditioning.size, conditioning.compact)
+    redux_path = find_redux(redux, metadata, adapter_path) if conditioning.method == "insert" else None
+    if conditioning.method != "omini" and control_adapter is not None:
+        raise UserError(
+            f"{control_adapter}: method {conditioning.method} has no control with an adapter of its own, expected none"
+        )
     control_path = None if control_adapter is None else find_adapter(control_adapter)
     if control_path is not None:
         if adapter_path is None:
@@ -269,7 +353,8 @@ def load(
     check_cache(cache, conditioning, adapter_path)
     sample = sample or _sample(metadata)
 
-    mesh = meshes.data_mesh()
+    # Each of several processes draws pictures of its own.
+    mesh = meshes.data_mesh(jax.local_devices())
     sharding = meshes.replicated(mesh)
     transformer = pipeline.load_transformer(folder, dtype=jnp.dtype(dtype), sharding=sharding)
     adapters: reposing.Adapters = {}
@@ -283,7 +368,13 @@ def load(
         loaded, _ = adapter_files.load_adapter(control_path, transformer.params, stacked=flux.STACKED)
         adapters[control_name] = jax.device_put(loaded, sharding)
     vae = pipeline.load_vae(folder, sharding=sharding)
-    encode_text = make_prompt_encoder(load_text_stack(folder), conditioning.text_length)
+    text: tuple[Array, Array] | PromptEncoder | None = None
+    encoder = None
+    if redux_path is not None:
+        encoder = diptychs.load_encoder(folder, redux_path, conditioning.text_length, mesh, dtype, vae)
+    else:
+        encode_text = make_prompt_encoder(load_text_stack(folder), conditioning.text_length)
+        text = encode_text if conditioning.caption == "background" else encode_text([conditioning.prompt])
     name = adapter_path.stem if adapter_path else None
     method = make_method(
         transformer,
@@ -302,7 +393,7 @@ def load(
         adapters=adapters,
         vae=vae,
         schedule=runs.read_json(folder / "scheduler" / "scheduler_config.json"),
-        text=encode_text if conditioning.caption == "background" else encode_text([conditioning.prompt]),
+        text=text,
         mesh=mesh,
         base_path=folder,
         base_sha256=base_sha256,
@@ -313,6 +404,7 @@ def load(
         decode=make_decoder(vae),
         control_path=control_path,
         control_sha256=file_sha256(control_path) if control_path else None,
+        diptychs=encoder,
     )
 
 
@@ -338,7 +430,24 @@ def make_method(
         remat=remat,
         control_adapter=control_adapter,
         kontext=kontext,
+        name=method_name(conditioning),
+        compact=conditioning.compact,
     )
+
+
+def method_name(conditioning: Conditioning) -> reposing.Name:
+    """``conditioning.method``. Raises UserError for an unknown one, and for one that cannot have the rest."""
+    names: dict[str, reposing.Name] = {"omini": "omini", "native": "native", "insert": "insert"}
+    if conditioning.method not in names:
+        raise UserError(f"conditioning.method: found {conditioning.method!r}, expected {' or '.join(names)}")
+    if conditioning.method != "omini" and conditioning.independent_conditions:
+        raise UserError(
+            f"independent_conditions: found true, expected false for method {conditioning.method}: only omini's "
+            "conditions are streams of their own"
+        )
+    if conditioning.method == "insert" and conditioning.compact != 1:
+        raise UserError(f"compact: found {conditioning.compact}, expected 1 for method insert: it has no conditions")
+    return names[conditioning.method]
 
 
 def make_encoder(vae: pipeline.Component) -> Callable[[layers.Params, jax.Array], jax.Array]:
@@ -396,22 +505,79 @@ def check_adapter(
     conditioning: Conditioning | None,
 ) -> None:
     """Raises UserError if the adapter was trained on another base or under other conditions."""
-    if metadata.base_sha256 and metadata.base_sha256 != base_sha256:
-        raise UserError(
-            f"{path}: adapter for another base: trained on {metadata.base or 'unnamed'} (transformer sha256 "
-            f"{metadata.base_sha256[:12]}), found {base} ({base_sha256[:12]})"
-        )
-    if metadata.applies_to == "all":
-        raise UserError(f"{path}: applies_to: found 'all' (the whole sequence), expected 'condition'")
+    check_method(path, metadata, conditioning.method if conditioning else metadata.method)
+    check_base(path, metadata, base, base_sha256)
     if conditioning is None or not metadata.size:
         return
-    fields = ["control", "caption", "prompt", "text_length", "size", "independent_conditions"]
+    if metadata.method == "insert":
+        fields = ["text_length", "size", "mask_policies", "expansion", "window"]
+    else:
+        fields = ["control", "caption", "prompt", "text_length", "size", "independent_conditions", "compact"]
     if metadata.control == "keypoints":
         fields += ["skeleton", "dot", "line"]
     for field in fields:
         trained, asked = getattr(metadata, field), getattr(conditioning, field)
         if trained != asked:
             raise UserError(f"{path}: trained with {field} {trained!r}, the configuration asks for {asked!r}")
+
+
+def check_base(path: Path, metadata: adapter_files.AdapterMetadata, base: Path, base_sha256: str) -> None:
+    """Raises UserError if the adapter was trained on another base."""
+    if metadata.base_sha256 and metadata.base_sha256 != base_sha256:
+        raise UserError(
+            f"{path}: adapter for another base: trained on {metadata.base or 'unnamed'} (transformer sha256 "
+            f"{metadata.base_sha256[:12]}), found {base} ({base_sha256[:12]})"
+        )
+
+
+def check_method(path: Path, metadata: adapter_files.AdapterMetadata, method: str) -> None:
+    """Raises UserError if the adapter was trained by another method than ``method``.
+
+    A file of another tool does not say on which tokens it acts, and is taken as it is.
+    """
+    if metadata.size and metadata.method != method:
+        raise UserError(f"{path}: adapter of another method: found {metadata.method!r}, expected {method!r}")
+    if metadata.applies_to not in (APPLIES_TO[method], "unknown"):
+        found, expected = metadata.applies_to, APPLIES_TO[method]
+        raise UserError(f"{path}: applies_to: found {found!r}, expected {expected!r} for method {method}")
+
+
+def find_redux(
+    redux: str | os.PathLike[str] | None, metadata: adapter_files.AdapterMetadata | None, path: Path | None
+) -> Path:
+    """The FLUX.1-Redux folder that is given, or else the one that the adapter at ``path`` was trained with.
+
+    Raises UserError where there is none, and for other weights than the adapter was trained with.
+    """
+    name = redux or (metadata.redux if metadata else "")
+    if not name:
+        raise UserError("redux: method insert needs a FLUX.1-Redux folder, found none; give redux=...")
+    folder = assets.resolve(name)
+    if not (folder / "image_encoder" / "config.json").is_file():
+        raise UserError(f"redux: found no {folder}/image_encoder/config.json, expected a FLUX.1-Redux folder")
+    found = diptychs.weights_hash(folder)
+    if metadata is not None and metadata.redux_sha256 not in ("", found):
+        raise UserError(
+            f"{path}: adapter for another FLUX.1-Redux: trained with {metadata.redux} ({metadata.redux_sha256[:12]}), "
+            f"found {folder} ({found[:12]})"
+        )
+    return folder
+
+
+def diptych_metadata(config: Config) -> dict[str, Any]:
+    """The fields of an adapter's metadata that method insert has."""
+    conditioning, sample = config.conditioning, config.sample
+    return {
+        "redux": config.base.redux,
+        "redux_sha256": diptychs.weights_hash(assets.resolve(config.base.redux)),
+        "mask_policies": conditioning.mask_policies,
+        "expansion": conditioning.expansion,
+        "window": conditioning.window,
+        "sample_mask_policy": sample.mask_policy,
+        "sample_expansion": sample.expansion,
+        "sample_window": sample.window,
+        "sample_feather": sample.feather,
+    }
 
 
 def check_reads(path: Path, metadata: adapter_files.AdapterMetadata, allowed: Sequence[str], what: str) -> None:
@@ -424,6 +590,11 @@ def check_cache(cache: bool | None, conditioning: Conditioning, path: Path | Non
     """Raises UserError if the condition cache is asked for, or refused, against what the adapter was trained with."""
     if cache is None or cache == conditioning.independent_conditions:
         return
+    if conditioning.method != "omini":
+        raise UserError(
+            f"{path or 'the bare base'}: condition cache: method {conditioning.method} has no conditions apart from "
+            "what is made, so that nothing stays the same from step to step; expected no cache"
+        )
     found = "true" if conditioning.independent_conditions else "false"
     reason = (
         "its conditions see text and noise, so that their keys and values change from step to step"
@@ -442,6 +613,7 @@ def _conditioning(metadata: adapter_files.AdapterMetadata | None, path: Path | N
         raise UserError(
             f"conditioning: {what}, so size and prompt are unknown; give conditioning=Conditioning(size=...)"
         )
+    insert = metadata.method == "insert"
     return Conditioning(
         size=metadata.size,
         control=metadata.control,
@@ -452,13 +624,31 @@ def _conditioning(metadata: adapter_files.AdapterMetadata | None, path: Path | N
         prompt=metadata.prompt,
         text_length=metadata.text_length,
         independent_conditions=metadata.independent_conditions,
+        compact=metadata.compact,
+        method=metadata.method,
+        **({name: getattr(metadata, name) for name in ("mask_policies", "expansion", "window")} if insert else {}),
     )
 
 
 def _sample(metadata: adapter_files.AdapterMetadata | None) -> Sample:
     if metadata is None:
         return Sample()
-    return Sample(steps=metadata.sample_steps, guidance=metadata.sample_guidance)
+    sample = Sample(steps=metadata.sample_steps, guidance=metadata.sample_guidance)
+    if metadata.method != "insert":
+        return sample
+    return dataclasses.replace(
+        sample,
+        mask_policy=metadata.sample_mask_policy,
+        expansion=metadata.sample_expansion,
+        window=metadata.sample_window,
+        feather=metadata.sample_feather,
+    )
+
+
+def _numbers(jobs: Sequence[Job], count: int) -> Array:
+    """The numbers [count] of jobs, which their draws are folded with; the last one fills up."""
+    numbers = [draws.number(job.key) for job in jobs]
+    return np.asarray([*numbers, *numbers[-1:] * (count - len(jobs))], np.uint32)
 
 
 # ----------------------------------------------------------------------------------------------------------

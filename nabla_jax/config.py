@@ -27,6 +27,7 @@ class Base:
 
     path: str  # a diffusers-layout folder, or asset:NAME
     obtain: str = ""  # told to a user who does not have it
+    redux: str = ""  # a FLUX.1-Redux folder, or asset:NAME; only method insert reads it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Data:
     mode: str = "precomputed"  # or on_the_fly: pictures are encoded when they are drawn, and prepare is not needed
     levels: tuple[str, ...] = ("0 class",)  # of train.sampler level: "STEP LEVEL[=WEIGHT] ..." from each step on
     similarity: float = 0.5  # of train.sampler mined: the smallest cosine of a look-alike
+    per_class: int = 0  # training draws from so many pictures of every class, of 5 the 1 is one; 0: from all
     threads: int = 4  # that read ahead of training
     workers: int = 0  # processes that do so instead
 
@@ -59,7 +61,7 @@ class Data:
 class Conditioning:
     """What the model is shown beside the noise. Stored in the adapter's metadata."""
 
-    size: int  # side in pixels of the square model canvas
+    size: int  # side in pixels of the square model canvas; of one half of a diptych
     control: str = "fill"
     skeleton: str = "dense"  # lines between keypoints; this and the next two are for control keypoints alone
     dot: int = 15  # diameter of a keypoint in pixels of the picture
@@ -68,6 +70,19 @@ class Conditioning:
     prompt: str = "A photo of a bird."
     text_length: int = 512  # T5 tokens
     independent_conditions: bool = False  # conditions attend to themselves only
+    compact: int = 1  # subject and control are encoded at size // compact, and their positions scaled up
+    # Conditions as tokens of their own; native: references in the noise's own stream, as FLUX.1-Kontext's are; insert:
+    # a diptych that FLUX.1-Fill repaints.
+    method: str = "omini"
+    # The next three are for method insert alone: what it is trained with. What it draws with: see Sample.
+    mask_policies: tuple[str, ...] = ("silhouette", "dilated", "box", "bezier")  # one drawn for each sample
+    expansion: tuple[float, float] = (1.1, 1.4)  # the subject's box is padded by a factor drawn between these
+    window: float = 0.0  # a square round the bird, so many times its box; 0: the whole picture
+
+    @property
+    def condition_size(self) -> int:
+        """Side in pixels of the canvases of subject and control."""
+        return self.size // self.compact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +93,9 @@ class Lora:
     alpha: float = 16.0
     init: str = "gaussian"
     name: str = "omk_fill"
+    start: str = ""  # an adapter of any known format that training begins with; empty: a fresh one
+    frozen: str = ""  # an adapter of any known format beneath the trained one; what is exported holds the sum of both
+    dtype: str = "float32"  # that the trained adapter, its gradients and the optimizer's state are kept in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +121,7 @@ class Train:
     log_every: int = 10
     save_every: int = 500
     sample_every: int = 1000  # 0: never
-    dtype: str = "bfloat16"  # of the frozen base and of activations; adapters are float32
+    dtype: str = "bfloat16"  # of the frozen base and of activations; the adapter's is lora.dtype
     remat: str = "full"
     guidance: float = 1.0
     sampler: str = "all_pairs"
@@ -146,6 +164,12 @@ class Sample:
     image_guidance: float = (
         1.0  # how strongly the pictures are followed, against black ones; other than 1: twice the work
     )
+    sibling_guidance: float = 1.0  # how strongly the subject is, against a related species; other than 1: the same
+    # The rest is for method insert alone.
+    mask_policy: str = "silhouette"  # the policy by which the part to repaint is made from the bird's silhouette
+    expansion: float = 1.3  # the subject's box is padded by this factor
+    window: float = 2.4  # the part of the target that is painted: a square round the bird, so many times its box
+    feather: int = 16  # width in pixels of the seam between the painted window and the rest of the picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,10 +217,12 @@ T = typing.TypeVar("T")
 Verb = typing.Literal["prepare", "train", "generate", "evaluate"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "conditioning.method": ("omini", "native", "insert"),
     "conditioning.control": ("fill", "depth", "keypoints"),
     "conditioning.skeleton": ("dense", "sparse", "dots"),
     "conditioning.caption": ("fixed", "background"),
     "lora.init": ("gaussian",),
+    "lora.dtype": ("float32", "bfloat16"),
     "optim.name": ("prodigy", "adamw"),
     "train.dtype": ("bfloat16", "float32"),
     "train.remat": ("none", "full", "save_attention", "offload"),
@@ -231,6 +257,17 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def defaults() -> dict[str, Any]:
+    """Dotted key -> default, of every field of a section that has one."""
+    kinds = {name: kind for name, kind in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(kind)}
+    return {
+        f"{section}.{field.name}": field.default
+        for section, kind in kinds.items()
+        for field in dataclasses.fields(kind)
+        if field.default is not dataclasses.MISSING
+    }
 
 
 def load(spec: str, overrides: Mapping[str, str] | Sequence[tuple[str, str]] = ()) -> Config:
@@ -475,7 +512,7 @@ def _check_ranges(config: Config, where: str) -> None:
         if flat[key] not in choices:
             raise UserError(f"{where}: {key}: found {flat[key]!r}, expected one of {', '.join(choices)}")
     positive = (
-        "conditioning.size conditioning.dot conditioning.line conditioning.text_length "
+        "conditioning.size conditioning.compact conditioning.dot conditioning.line conditioning.text_length "
         "lora.rank lora.alpha optim.lr optim.d0 optim.clip "
         "train.steps train.batch train.log_every train.save_every train.foreground_weight sample.steps sample.batch "
         "extract.caption_tokens"
@@ -492,7 +529,7 @@ def _check_ranges(config: Config, where: str) -> None:
     if config.train.sampler == "mined" and config.data.mode != "precomputed":
         raise UserError(f"{where}: train.sampler: mined needs stored features, expected data.mode precomputed")
     nonnegative = "train.sample_every train.seed sample.seed optim.weight_decay extract.caption_retries"
-    nonnegative += " data.frame_gap data.frame_rate data.threads data.workers"
+    nonnegative += " data.frame_gap data.frame_rate data.threads data.workers data.per_class sample.feather"
     for key in nonnegative.split():
         if not flat[key] >= 0:
             raise UserError(f"{where}: {key}: found {flat[key]!r}, expected 0 or more")
@@ -508,6 +545,82 @@ def _check_ranges(config: Config, where: str) -> None:
             f"{where}: conditioning.size: found {config.conditioning.size}, expected a multiple of 16 "
             "(8 pixels a latent, 2 latents a token)"
         )
+    if config.conditioning.size % config.conditioning.compact:
+        raise UserError(
+            f"{where}: conditioning.compact: found {config.conditioning.compact}, expected a divisor of "
+            f"conditioning.size, {config.conditioning.size}"
+        )
+    if config.sample.image_guidance != 1 and config.sample.sibling_guidance != 1:
+        raise UserError(
+            f"{where}: sample.sibling_guidance: found {config.sample.sibling_guidance} beside sample.image_guidance "
+            f"{config.sample.image_guidance}, expected 1.0 for one of them"
+        )
+    if config.conditioning.method == "native" and config.conditioning.independent_conditions:
+        raise UserError(
+            f"{where}: conditioning.independent_conditions: found True, expected False for method native: its "
+            "references are in the noise's own stream"
+        )
+    if config.data.per_class == 1:
+        _check_single(config, where)
+    _check_diptych(config, where)
+    if config.conditioning.method == "insert":
+        _check_insert(config, where)
+
+
+def _check_single(config: Config, where: str) -> None:
+    """Whether a sampler finds pairs where every class has one picture."""
+    from nabla_jax.data import pairs
+
+    found = f"train.sampler {config.train.sampler}"
+    if config.train.sampler == "level":
+        _, weights = pairs.schedule(config.data.levels)
+        if not any(row[pairs.LEVELS.index("class")] for row in weights):
+            return
+        found = f"data.levels {config.data.levels!r}"
+    raise UserError(
+        f"{where}: data.per_class: found 1 with {found}, which needs two pictures of a class; expected train.sampler "
+        "level with data.levels of self (a picture with itself) or of species, family or order"
+    )
+
+
+def _check_diptych(config: Config, where: str) -> None:
+    """The ranges of what only method insert reads."""
+    from nabla_jax.conditioning.masks import POLICIES as known
+
+    policies = [("conditioning.mask_policies", policy) for policy in config.conditioning.mask_policies]
+    for key, policy in [*policies, ("sample.mask_policy", config.sample.mask_policy)]:
+        if policy not in known:
+            raise UserError(f"{where}: {key}: found {policy!r}, expected {', '.join(known)}")
+    if not config.conditioning.mask_policies:
+        raise UserError(f"{where}: conditioning.mask_policies: found none, expected some of {', '.join(known)}")
+    least, most = config.conditioning.expansion
+    if not 1 <= least <= most:
+        found = config.conditioning.expansion
+        raise UserError(f"{where}: conditioning.expansion: found {found!r}, expected two rising numbers from 1 on")
+    if not config.sample.expansion >= 1:
+        raise UserError(f"{where}: sample.expansion: found {config.sample.expansion!r}, expected 1 or more")
+    for key, window in (("conditioning.window", config.conditioning.window), ("sample.window", config.sample.window)):
+        if window and not window >= 1:
+            raise UserError(f"{where}: {key}: found {window!r}, expected 1 or more, or 0 for the whole picture")
+
+
+def _check_insert(config: Config, where: str) -> None:
+    """What method insert needs and what it has no use for."""
+    needed = (
+        ("data.mode", config.data.mode, "on_the_fly", "a diptych is one picture of two, with another mask every time"),
+        ("conditioning.control", config.conditioning.control, "fill", "the part to repaint is the control"),
+        ("conditioning.caption", config.conditioning.caption, "fixed", "the subject's picture takes the text's place"),
+        ("conditioning.prompt", config.conditioning.prompt, "", "the subject's picture takes the text's place"),
+        ("conditioning.independent_conditions", config.conditioning.independent_conditions, False, "it has none"),
+        ("conditioning.compact", config.conditioning.compact, 1, "it has none"),
+        ("sample.image_guidance", config.sample.image_guidance, 1.0, "it has no conditions to leave out"),
+        ("sample.sibling_guidance", config.sample.sibling_guidance, 1.0, "it has no conditions to leave out"),
+    )
+    for key, found, expected, why in needed:
+        if found != expected:
+            raise UserError(f"{where}: {key}: found {found!r}, expected {expected!r} for method insert: {why}")
+    if not config.base.redux:
+        raise UserError(f"{where}: base.redux: found '', expected a FLUX.1-Redux folder for method insert")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -524,6 +637,11 @@ def check_inputs(config: Config, verb: Verb, benchmarks: Sequence[str] | None = 
     ``config.preview``; or naming what is wrong with a folder that is there.
     """
     wanted: list[str] = []
+    if verb == "prepare" and config.conditioning.method == "insert":
+        raise UserError(
+            f"{config.source or 'configuration'}: conditioning.method: insert encodes pictures when they are drawn: "
+            "there is nothing to prepare, train at once"
+        )
     if verb in ("prepare", "train", "generate"):
         wanted += _base_problem(config)
     if verb == "prepare" and config.data.vision and not (Path(config.data.vision) / "config.json").is_file():
@@ -532,6 +650,8 @@ def check_inputs(config: Config, verb: Verb, benchmarks: Sequence[str] | None = 
     reads = config.data.mode == "precomputed"
     if verb == "prepare" or (verb == "train" and not (reads and prepared.is_file())):
         wanted += _data_problem(config)
+    if verb == "train":
+        wanted += _adapter_problems(config)
     if verb in ("generate", "evaluate"):
         wanted += _benchmark_problems(config, benchmarks)
     if verb == "evaluate":
@@ -553,6 +673,20 @@ def check_inputs(config: Config, verb: Verb, benchmarks: Sequence[str] | None = 
         from nabla_jax.checkpoints import pipeline
 
         pipeline.check_folder(resolve_base(config))
+        check_method(config)
+
+
+def check_method(config: Config) -> None:
+    """Raises UserError if the base, or the Redux beside it, is not what ``conditioning.method`` takes."""
+    from nabla_jax import assets
+    from nabla_jax.checkpoints import pipeline, transformers_folder
+
+    folder, method = resolve_base(config), config.conditioning.method
+    pipeline.check_channels(folder, method)
+    pipeline.check_sides(folder, config.conditioning.size, config.conditioning.compact)
+    if method == "insert":
+        width = pipeline.transformer_config(folder).joint_attention_dim
+        transformers_folder.check_redux(assets.resolve(config.base.redux), width)
 
 
 def resolve_base(config: Config) -> Path:
@@ -563,12 +697,36 @@ def resolve_base(config: Config) -> Path:
 
 
 def _base_problem(config: Config) -> list[str]:
-    folder = resolve_base(config)
-    if (folder / "model_index.json").is_file():
-        return []
-    found = "a folder without model_index.json" if folder.is_dir() else "nothing"
-    obtain = f": {config.base.obtain}" if config.base.obtain else ""
-    return [f"the base model (base.path: found {found} at {folder}, expected a diffusers-layout folder){obtain}"]
+    from nabla_jax import assets
+
+    folder, problems = resolve_base(config), []
+    if not (folder / "model_index.json").is_file():
+        found = "a folder without model_index.json" if folder.is_dir() else "nothing"
+        problems.append(f"the base model (base.path: found {found} at {folder}, expected a diffusers-layout folder)")
+    redux = assets.resolve(config.base.redux)
+    if config.conditioning.method == "insert" and not (redux / "image_encoder" / "config.json").is_file():
+        problems.append(f"FLUX.1-Redux (base.redux: found no {redux}/image_encoder/config.json)")
+    return [f"{problem}: {config.base.obtain}" if config.base.obtain else problem for problem in problems]
+
+
+def _adapter_problems(config: Config) -> list[str]:
+    from nabla_jax import assets
+
+    problems = []
+    path = assets.resolve(config.lora.start)
+    # A run that has begun goes on from its own checkpoint.
+    if config.lora.start and not path.exists() and not (Path(config.train.workdir) / "checkpoints").is_dir():
+        obtain = f": {config.base.obtain}" if config.base.obtain else ""
+        problems.append(
+            f"the adapter to begin with (lora.start: found nothing at {path}, lora.start= begins afresh){obtain}"
+        )
+    path = assets.resolve(config.lora.frozen)
+    if config.lora.frozen and not path.exists():
+        problems.append(
+            f"the adapter beneath the trained one (lora.frozen: found nothing at {path}, expected a safetensors file "
+            "or the folder of a training run)"
+        )
+    return problems
 
 
 def _data_problem(config: Config) -> list[str]:

@@ -48,6 +48,10 @@ T = TypeVar("T")
 
 REFERENCES = ("flat-colour", "copy-target", "paste-subject", "same-class", "sibling-class")
 BASELINE = "untuned"
+# Fields of a manifest's row; all others are settings of its set.
+OF_ONE_PICTURE = frozenset(
+    ("pair", "subject_id", "target_id", "subject_used", "sibling_used", "file", "mask", "height", "width", "placement")
+)
 NO_NETWORKS = configs.Metrics()
 VERSION = 3  # of the numbers: raise it when a metric changes, so that no stored score is reused
 
@@ -878,7 +882,9 @@ def _about_networks(networks: configs.Metrics) -> dict[str, dict[str, Any]]:
 
 
 def _about_set(model: str, benchmark: str, found: PictureSet) -> dict[str, Any]:
-    settings = ("seed", "steps", "guidance", "adapter", "adapter_sha256", "base_sha256")
+    settings = dict.fromkeys(("seed", "steps", "guidance", "adapter", "adapter_sha256", "base_sha256"))
+    # Others are named in manifests only where they are in use, such as those of method insert.
+    settings |= dict.fromkeys(name for row in found.right.values() for name in row if name not in OF_ONE_PICTURE)
     values = {name: sorted({json.dumps(row[name]) for row in found.right.values() if name in row}) for name in settings}
     return {
         "model": model,

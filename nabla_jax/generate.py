@@ -7,13 +7,18 @@
 A benchmark's pictures go to ``OUT/BENCHMARK/right`` and, with a subject of another species,
 ``OUT/BENCHMARK/shuffled``: ``PAIR.png`` at the target's size and one row of ``manifest.jsonl`` each. The
 same command makes what is missing. A picture depends on (seed, pair) and not on the batch it is made in.
+With sample.sibling_guidance every pair has a sibling, too: a picture of a related species, see ``sibling_subjects``.
 A benchmark that is a list in the folder of another one shares its pictures where they are there: its rows name them.
+All devices share each batch. Several processes (NABLA_COORDINATOR, see parallel/processes.py) share the batches of a
+benchmark and write into one folder that all of them see.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +30,7 @@ from nabla_jax.errors import UserError
 
 if TYPE_CHECKING:
     from nabla_jax import api
-    from nabla_jax.data import Dataset
+    from nabla_jax.data import Dataset, Example
     from nabla_jax.data.pairs import Pair
 
 Array = np.ndarray[Any, Any]
@@ -33,6 +38,8 @@ Array = np.ndarray[Any, Any]
 KINDS = ("right", "shuffled")
 CEILING = "autoencoder-ceiling"
 _ONE = ("subject", "subject_mask", "target", "target_mask")
+# Settings that rows name only where they are in use, so that older sets of pictures can be continued.
+_NAMED_IN_USE = ("control_adapter_sha256", "image_guidance", "sibling_guidance", "compact", "method")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -67,6 +74,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--subject_mask", type=Path, help="may be left out where there are checkpoints to find the bird with")
     add("--target", type=Path, help="one picture: in which pose and place")
     add("--target_mask", type=Path)
+    add("--sibling", type=Path, help="for sample.sibling_guidance: a bird of a related species")
+    add("--sibling_mask", type=Path, help="may be left out as --subject_mask may")
     add("--target_depth", type=Path, help="for control depth: grey picture of the target's size, near is bright")
     add(
         "--target_keypoints",
@@ -91,6 +100,7 @@ def _load(config: configs.Config, adapter: str, control_adapter: str | None) -> 
         conditioning=config.conditioning,
         sample=config.sample,
         dtype=config.train.dtype,
+        redux=config.base.redux or None,
     )
 
 
@@ -100,6 +110,7 @@ def _extractable(config: configs.Config, name: str) -> bool:
     used: dict[str, tuple[str, ...]] = {
         "subject_mask": masks,
         "target_mask": masks,
+        "sibling_mask": masks,
         "target_depth": ("depth_anything",),
         "target_caption": ("captioner",),
         "target_keypoints": ("keypoints", "dinov2"),
@@ -135,6 +146,7 @@ def _make_one(config: configs.Config, arguments: argparse.Namespace) -> None:
     described = config.conditioning.caption == "background"
     if described and not arguments.target_caption and not _extractable(config, "target_caption"):
         raise UserError("caption background: missing --target_caption")
+    sibling = _read_sibling(config, arguments)
     subject = _read_one(arguments.subject, arguments.subject_mask, config)
     target = _read_one(arguments.target, arguments.target_mask, config)
     height, width = target[0].shape[:2]
@@ -155,10 +167,24 @@ def _make_one(config: configs.Config, arguments: argparse.Namespace) -> None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
     result = _load(config, arguments.adapter, arguments.control_adapter).repose(
         subject[0], target[0], subject[1], target[1], target_depth=depth, target_keypoints=keypoints,
-        target_caption=caption,
+        target_caption=caption, sibling=sibling and sibling[0], sibling_mask=sibling and sibling[1],
     )  # fmt: skip
     write_image(np.asarray(result), arguments.out)
     print(arguments.out)
+
+
+def _read_sibling(config: configs.Config, arguments: argparse.Namespace) -> tuple[Array, Array] | None:
+    """The picture and silhouette that sibling guidance needs, None where there is none."""
+    if config.sample.sibling_guidance == 1:
+        if arguments.sibling is not None or arguments.sibling_mask is not None:
+            raise UserError("--sibling: found a picture, but sample.sibling_guidance is 1, which needs none")
+        return None
+    masked = arguments.sibling_mask is not None or _extractable(config, "sibling_mask")
+    missing = [] if arguments.sibling is not None else ["--sibling"]
+    missing += [] if masked else ["--sibling_mask"]
+    if missing:
+        raise UserError(f"sample.sibling_guidance {config.sample.sibling_guidance:g}: missing {', '.join(missing)}")
+    return _read_one(arguments.sibling, arguments.sibling_mask, config)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -176,6 +202,7 @@ class Work:
     dataset: "Dataset"
     pairs: tuple["Pair", ...]
     subjects: dict[str, str]  # pair key -> id of the subject picture to use
+    siblings: dict[str, str]  # pair key -> id of the sibling's picture, empty without sibling guidance
     whole: Path | None = None  # folder of the benchmark whose list this one's is a part of
 
     def path(self, pair: "Pair") -> Path:
@@ -184,6 +211,7 @@ class Work:
 
 
 Made = tuple[Array, dict[str, Any]]  # a picture and its placement as JSON
+MANIFEST = "manifest.jsonl"
 
 
 def _make_benchmarks(config: configs.Config, arguments: argparse.Namespace) -> None:
@@ -194,7 +222,15 @@ def _make_benchmarks(config: configs.Config, arguments: argparse.Namespace) -> N
     works = list(read_works(config, _benchmarks(config, arguments), kinds, arguments.out, arguments.limit))
     with runs.writing(arguments.out):
         arguments.out.mkdir(parents=True, exist_ok=True)
-    with runs.lock(arguments.out / ".lock", f"--out {arguments.out}"):
+    import jax
+
+    from nabla_jax.parallel import mesh as meshes
+    from nabla_jax.parallel import processes
+
+    processes.initialize()
+    meshes.check_batch(config.sample.batch, meshes.data_mesh(jax.local_devices()), "sample.batch")
+    lock = runs.lock(arguments.out / ".lock", f"--out {arguments.out}")
+    with lock if processes.is_first() else contextlib.nullcontext():
         chosen = ("none", None) if arguments.reference else (arguments.adapter, arguments.control_adapter)
         reposer = _load(config, *chosen)
         settings = _settings(config, reposer, arguments)
@@ -224,23 +260,80 @@ def read_works(
         for kind in kinds:
             right = {pair.key: pair.subject_id for pair in pairs}
             subjects = right if kind == "right" else shuffled_subjects(pairs, dataset, config.sample.seed)
+            siblings: dict[str, str] = {}
+            if config.sample.sibling_guidance != 1:
+                siblings = sibling_subjects(pairs, subjects, dataset, config.sample.seed)
             controls.require([dataset.by_id[image] for image in dict.fromkeys(subjects.values())], "fill")
             targets = [dataset.by_id[image] for image in dict.fromkeys(pair.target_id for pair in pairs)]
             controls.require(targets, config.conditioning.control)
             if config.conditioning.caption == "background":
                 distinct_captions(targets)
             shared = None if whole is None else out / whole / kind
-            yield Work(name, kind, out / name / kind, dataset, pairs, subjects, shared)
+            yield Work(name, kind, out / name / kind, dataset, pairs, subjects, siblings, shared)
+
+
+def sibling_subjects(
+    pairs: Sequence["Pair"], subjects: Mapping[str, str], dataset: "Dataset", seed: int
+) -> dict[str, str]:
+    """Pair key -> id of a picture of a sibling of the pair's subject, for sibling guidance.
+
+    A sibling is of another species in the nearest taxonomic group that has one: of the family, else of the order, else
+    any. Its plumage is of the subject's kind (the same qualifier, or one that names it too) where that group has such a
+    bird. Drawn uniformly from the pictures of the subject's split that have a mask; each draw depends on (seed, pair
+    key) alone, so that a part of a benchmark gets the same siblings as the whole.
+
+    Args:
+      pairs: of a benchmark in ``dataset``.
+      subjects: pair key -> id of the subject's picture.
+
+    Raises UserError when there is a single species.
+    """
+    from nabla_jax.data.taxonomy import same_plumage
+    from nabla_jax.metrics import references, retrieval
+
+    @functools.cache
+    def masked(split: str) -> "tuple[Dataset, list[Example]]":
+        examples = tuple(e for e in dataset.of_split(split) if e.mask is not None)
+        part = dataclasses.replace(dataset, examples=examples)
+        return part, retrieval.leaves(part)
+
+    @functools.cache
+    def pictures(split: str, class_id: int) -> list[str]:
+        part, leaves = masked(split)
+        subject = dataset.examples[dataset.classes[class_id][0]]
+        near = set(retrieval.siblings(leaves, subject))
+        others = [leaf for leaf in leaves if leaf.class_id in near and leaf.species != subject.species]
+        alike = [leaf for leaf in others if same_plumage(leaf.class_name, subject.class_name)]
+        return sorted(part.examples[i].id for leaf in alike or others for i in part.classes[leaf.class_id])
+
+    chosen = {}
+    for pair in pairs:
+        subject = dataset.by_id[subjects[pair.key]]
+        found = pictures(subject.split, subject.class_id)
+        if not found:
+            raise UserError(
+                f"{dataset.root}: pair {pair.key}: found no picture with a mask of a species other than "
+                f"{subject.species}"
+            )
+        chosen[pair.key] = references.choose(found, seed, pair.key, "sibling")
+    return chosen
 
 
 def _settings(config: configs.Config, reposer: "api.Reposer", arguments: argparse.Namespace) -> dict[str, Any]:
     """The fields of a manifest row that every picture of a set shares."""
-    # Named only where they are in use, so that older sets of pictures can be continued.
     further: dict[str, Any] = {}
     if reposer.control_path is not None:
         further = {"control_adapter": str(reposer.control_path), "control_adapter_sha256": reposer.control_sha256}
     if config.sample.image_guidance != 1:
         further["image_guidance"] = config.sample.image_guidance
+    if config.sample.sibling_guidance != 1:
+        further["sibling_guidance"] = config.sample.sibling_guidance
+    if config.conditioning.compact != 1:
+        further["compact"] = config.conditioning.compact
+    if config.conditioning.method != "omini":
+        further["method"] = config.conditioning.method
+    if config.conditioning.method == "insert":
+        further |= {name: getattr(config.sample, name) for name in ("mask_policy", "expansion", "window", "feather")}
     return further | {
         "seed": config.sample.seed,
         "steps": config.sample.steps,
@@ -255,28 +348,67 @@ def make(work: Work, settings: dict[str, Any], batch: int, maker: Callable[[Sequ
     """Makes the missing pictures of ``work``, each written whole before its row.
 
     Pairs are cut into the same batches whatever is missing, so a continued run repeats the very computation
-    of an uninterrupted one.
+    of an uninterrupted one. Among several processes all must call this: each makes its share of the batches and keeps
+    a list of its own, from which the first process takes the rows in the end, or a later run where it came to none.
 
-    Raises UserError when the folder holds pictures made with other settings.
+    Raises UserError when the folder holds pictures made with other settings, or is not the same for all processes.
     """
     from nabla_jax.images import write_image
+    from nabla_jax.parallel import processes
 
-    manifest = runs.JsonLines(work.folder / "manifest.jsonl")
-    _check_settings(work, settings, manifest.rows)
-    manifest.keep(lambda row: (work.folder / row["file"]).is_file())
-    manifest.extend(_shared_rows(work, settings, {row["pair"] for row in manifest.rows}))
-    done = {row["pair"] for row in manifest.rows}
+    what, (index, count) = f"{work.name}/{work.kind}", processes.part()
+    # Every process looks before the first one writes, so that all of them refuse.
+    _check_settings(work, settings, [row for path in _lists(work) for row in runs.read_rows(path)])
+    processes.wait_for_all(f"{what} checked")
+    if processes.is_first():
+        _collect(work, settings)
+    processes.wait_for_all(f"{what} collected")
+    done = {row["pair"] for row in runs.read_rows(work.folder / MANIFEST)}
     batches = [work.pairs[i : i + batch] for i in range(0, len(work.pairs), batch)]
-    with runs.progress(len(work.pairs), f"{work.name}/{work.kind}", unit="picture") as bar:
-        for pairs in batches:
-            if any(pair.key not in done for pair in pairs):
-                for pair, (image, placement) in zip(pairs, maker(pairs), strict=True):
-                    if pair.key in done:
-                        continue
-                    write_image(image, work.path(pair))
-                    manifest.append(_row(work, pair, image, placement, settings))
+    missing = [pairs for pairs in batches if any(pair.key not in done for pair in pairs)]
+    share = processes.own_share(missing)
+    rows = runs.JsonLines(work.folder / (MANIFEST if count == 1 else f"manifest-{index}.jsonl"))
+    there = len(work.pairs) - sum(map(len, missing))
+    with runs.progress(there + sum(map(len, share)), what, done=there, unit="picture") as bar:
+        for pairs in share:
+            for pair, (image, placement) in zip(pairs, maker(pairs), strict=True):
+                if pair.key in done:
+                    continue
+                write_image(image, work.path(pair))
+                rows.append(_row(work, pair, image, placement, settings))
             bar.update(len(pairs))
-    manifest.close()
+    rows.close()
+    processes.wait_for_all(f"{what} made")
+    if count > 1 and processes.is_first():
+        done = {row["pair"] for row in _collect(work, settings)}
+        absent = [pair.key for pair in work.pairs if pair.key not in done]
+        if absent:
+            raise UserError(f"{work.folder}: found no pair {absent[0]}, expected one folder that all processes see")
+
+
+def _lists(work: Work) -> list[Path]:
+    """Where rows are: the manifest, and what several processes have not handed over to it."""
+    return [work.folder / MANIFEST, *sorted(work.folder.glob("manifest-*.jsonl"))]
+
+
+def _collect(work: Work, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Brings all rows whose picture is there into the manifest, and returns them.
+
+    Those of other lists come in the order of the pairs, as a single process writes them.
+    """
+    manifest, *others = _lists(work)
+    whole = runs.JsonLines(manifest)
+    whole.keep(lambda row: (work.folder / row["file"]).is_file())
+    done = {row["pair"] for row in whole.rows}
+    rows = [row for path in others for row in runs.read_rows(path) if row["pair"] not in done]
+    order = {pair.key: i for i, pair in enumerate(work.pairs)}
+    rows.sort(key=lambda row: order.get(row["pair"], len(order)))
+    whole.extend([row for row in rows if (work.folder / row["file"]).is_file()])
+    whole.extend(_shared_rows(work, settings, {row["pair"] for row in whole.rows}))
+    whole.close()
+    for path in others:
+        path.unlink()
+    return whole.rows
 
 
 def _row(work: Work, pair: "Pair", image: Array, placement: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -285,6 +417,7 @@ def _row(work: Work, pair: "Pair", image: Array, placement: dict[str, Any], sett
         "subject_id": pair.subject_id,
         "target_id": pair.target_id,
         "subject_used": work.subjects[pair.key],
+        **({"sibling_used": work.siblings[pair.key]} if work.siblings else {}),
         "file": work.path(pair).name,
         "height": image.shape[0],
         "width": image.shape[1],
@@ -302,7 +435,7 @@ def _shared_rows(work: Work, settings: dict[str, Any], done: set[str]) -> list[d
         return []
     there = {
         (row["subject_id"], row["target_id"]): row
-        for row in runs.read_rows(work.whole / "manifest.jsonl")
+        for row in runs.read_rows(work.whole / MANIFEST)
         if not _differing(row, settings) and (work.whole / row["file"]).is_file()
     }
     chosen = {pair.key: there.get((pair.subject_id, pair.target_id)) for pair in work.pairs if pair.key not in done}
@@ -316,7 +449,9 @@ def _shared_rows(work: Work, settings: dict[str, Any], done: set[str]) -> list[d
 def _differing(row: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     # The adapter's path may change (a moved run); its content may not.
     fixed = [key for key in settings if key != "adapter" or settings["adapter_sha256"] is None]
-    return [f"{key}: {row.get(key)!r} there, {settings[key]!r} here" for key in fixed if row.get(key) != settings[key]]
+    fixed += [key for key in _NAMED_IN_USE if key not in settings]
+    pairs = [(key, row.get(key), settings.get(key)) for key in fixed]
+    return [f"{key}: {there!r} there, {here!r} here" for key, there, here in pairs if there != here]
 
 
 def _check_settings(work: Work, settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
@@ -340,9 +475,13 @@ def _maker(reposer: "api.Reposer", work: Work, config: configs.Config) -> Callab
         target = controls.read_view(examples[pair.target_id], reposer.conditioning.control)
         key = f"{work.name}/{pair.key}"
         caption = examples[pair.target_id].caption
-        return api.Job(
+        found = api.Job(
             key, subject.image, subject.mask, target.image, target.mask, target.depth, target.keypoints, caption
         )
+        if not work.siblings:
+            return found
+        sibling = controls.read_view(examples[work.siblings[pair.key]], "fill")
+        return dataclasses.replace(found, sibling=sibling.image, sibling_mask=sibling.mask)
 
     def make(pairs: Sequence["Pair"]) -> list[Made]:
         jobs = [job(pair) for pair in pairs]

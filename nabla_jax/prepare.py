@@ -9,8 +9,9 @@ the search of look-alikes. ``data.prepared`` gets:
     manifest.json                 settings, counts, sizes and hashes of the shards, the class index
     shard-00000-of-00008.array_record ...
                                   for each picture one record a role: moments [2C, h, w] float16 (VAE moments: mean,
-                                  then log variance), with the target's also mask [h, w] uint8 (foreground coverage
-                                  of each latent); after all of them, with data.vision, features [D] float32 (DINOv2)
+                                  then log variance; of compact conditions fewer), with the target's also mask
+                                  [h, w] uint8 (foreground coverage of each latent); after all of them, with
+                                  data.vision, features [D] float32 (DINOv2)
     text.safetensors              prompt_embeds [captions, T, d] and pooled [captions, p], float32
     settings.json                 what the content depends on, written first
 
@@ -396,6 +397,8 @@ def _settings(config: configs.Config, encoders: Encoders, captions: Sequence[str
     kept = ["size", "caption", "text_length"]
     if "keypoints" in kinds(config):
         kept += ["skeleton", "dot", "line"]
+    if config.conditioning.compact != 1:  # folders of whole conditions stay what they are
+        kept.append("compact")
     return {
         "schema": SCHEMA,
         "conditioning": {name: getattr(config.conditioning, name) for name in kept},
@@ -490,9 +493,10 @@ def moments_shape(size: int, encoders: Encoders) -> tuple[int, int, int]:
 
 def _bytes_per_picture(work: Work) -> int:
     channels, height, width = moments_shape(work.conditioning.size, work.encoders)
+    conditions = (len(work.roles) - 1) * math.prod(moments_shape(work.conditioning.condition_size, work.encoders))
     vision = 4 * work.encoders.vision.width if work.encoders.vision else 0
     # Headers, names and checksums of a record come to less than a kilobyte.
-    return height * width * (len(work.roles) * channels * 2 + 1) + vision + 2**10 * work.records(1)
+    return height * width * (2 * channels + 1) + 2 * conditions + vision + 2**10 * work.records(1)
 
 
 def _check_room(folder: Path, count: int, size: int, what: str = "pictures") -> None:
@@ -538,17 +542,20 @@ def pictures_per_call(size: int, devices: int) -> int:
     return max(1, PIXELS_PER_CALL // (size * size)) * devices
 
 
-def stored_moments(encode: Callable[[Array], Array], images: Array, per_call: int) -> Array:
-    """Moments of images [n, 3, S, S] uint8 as they are stored, [n, 2C, h, w] float16.
+def stored_moments(encode: Callable[[Array], Array], images: Sequence[Array], per_call: int) -> list[Array]:
+    """Moments of images [3, S, S] uint8, of any sides S, as they are stored: [2C, h, w] float16 each.
 
-    ``encode`` is called with one shape only, so that it is compiled once and equal pictures give equal bits.
+    ``encode`` is called with one shape only for each S, so that it is compiled once and equal pictures give equal bits.
     """
-    results = []
-    for start in range(0, len(images), per_call):
-        part = images[start : start + per_call]
-        with np.errstate(over="ignore"):  # infinities are for the caller to find
-            results.append(encode(_padded(part, per_call))[: len(part)].astype(np.float16))
-    return np.concatenate(results)
+    stored: dict[int, Array] = {}
+    for shape in dict.fromkeys(image.shape for image in images):
+        places = [place for place, image in enumerate(images) if image.shape == shape]
+        for start in range(0, len(places), per_call):
+            part = places[start : start + per_call]
+            moments = encode(_padded(np.stack([images[place] for place in part]), per_call))[: len(part)]
+            with np.errstate(over="ignore"):  # infinities are for the caller to find
+                stored.update(zip(part, moments.astype(np.float16), strict=True))
+    return [stored[place] for place in range(len(images))]
 
 
 def _padded(part: Array, count: int) -> Array:
@@ -592,8 +599,10 @@ def shard_records(shard: Shard, work: Work) -> Iterator[bytes]:
             yield from ((row, role, loaded) for role in work.roles)
 
     source = items()
-    while part := list(itertools.islice(source, per_call)):
-        stored = stored_moments(work.encoders.images, np.stack([loaded[role] for _, role, loaded in part]), per_call)
+    # Compact conditions are encoded apart from targets: so many records that calls with either are full.
+    at_once = per_call if work.conditioning.compact == 1 else per_call * len(work.roles)
+    while part := list(itertools.islice(source, at_once)):
+        stored = stored_moments(work.encoders.images, [loaded[role] for _, role, loaded in part], per_call)
         for (row, role, loaded), moments in zip(part, stored, strict=True):
             if not np.isfinite(moments).all():
                 raise UserError(f"{shard.examples[row].image}: the autoencoder gives values that float16 cannot hold")
@@ -721,16 +730,19 @@ def estimate(config: configs.Config, encoders: Encoders) -> Estimate:
     )  # fmt: skip
 
 
-def pictures_source(config: configs.Config, encoders: Encoders) -> Pictures:
+def pictures_source(
+    config: configs.Config, prompts: Callable[[list[str]], tuple[Array, Array]], factor: int
+) -> Pictures:
     """The pictures of ``data.root`` as training reads them with ``data.mode`` on_the_fly: encoded when drawn.
 
+    ``prompts`` encodes captions, as that of ``Encoders``; ``factor``: pixels per latent position.
     Raises UserError for pictures without a mask.
     """
     examples = ordered(read_dataset(config.data.root, **config.data.reading), config.data.split)
     controls.require(examples, *kinds(config))
     captions, rows = captions_of(config, examples)
-    embeds, pooled = encoders.prompts(captions)
-    return Pictures(examples, tuple(rows), embeds, pooled, config.conditioning, encoders.factor)
+    embeds, pooled = prompts(captions)
+    return Pictures(examples, tuple(rows), embeds, pooled, config.conditioning, factor)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,11 @@ CONTINUABLE = frozenset(
         "sample.seed",
         "sample.batch",
         "sample.image_guidance",
+        "sample.sibling_guidance",
+        "sample.mask_policy",
+        "sample.expansion",
+        "sample.window",
+        "sample.feather",
     )
 )
 
@@ -305,8 +310,10 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def open_run(config: configs.Config) -> Iterator[RunFolder]:
+def open_run(config: configs.Config, sha256: Mapping[str, str] | None = None) -> Iterator[RunFolder]:
     """Makes or continues the run folder ``train.workdir`` and holds its lock.
+
+    ``sha256``: hashes, by configuration key, of files that every step depends on; part of what may not change.
 
     Raises UserError if another process works in it, if it was made with another configuration (naming the
     keys that differ), or if it cannot be written.
@@ -315,9 +322,10 @@ def open_run(config: configs.Config) -> Iterator[RunFolder]:
     with writing(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
     with lock(folder.path / ".lock", f"train.workdir {folder.path}"):
+        resolved = configs.to_dict(config) | ({"sha256": dict(sha256)} if sha256 else {})
         if folder.config.is_file():
-            _check_same(folder, config)
-        write_json(folder.config, configs.to_dict(config))
+            _check_same(folder, resolved)
+        write_json(folder.config, resolved)
         yield folder
 
 
@@ -335,9 +343,10 @@ def lock(path: Path, what: str) -> Iterator[None]:
         yield
 
 
-def _check_same(folder: RunFolder, config: configs.Config) -> None:
-    before = configs.flatten(read_json(folder.config))
-    now = configs.flatten(json.loads(json.dumps(configs.to_dict(config))))
+def _check_same(folder: RunFolder, resolved: Mapping[str, Any]) -> None:
+    # A field that is younger than the run has a default that leaves the run what it was.
+    before = json.loads(json.dumps(configs.defaults())) | configs.flatten(read_json(folder.config))
+    now = configs.flatten(json.loads(json.dumps(resolved)))
     differing = [
         f"{key}: {before.get(key, 'absent')!r} there, {now.get(key, 'absent')!r} here"
         for key in sorted(before.keys() | now.keys())

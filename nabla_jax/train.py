@@ -18,10 +18,19 @@ def main(argv: Sequence[str]) -> None:
     """The command."""
     config, _ = configs.parse_command(argv, "Trains an adapter on a prepared dataset.")
     configs.check_inputs(config, "train")
-    with runs.open_run(config) as folder:
+    with runs.open_run(config, _hashes(config)) as folder:
         if not is_finished(config, folder):
             train(config, folder)
         print(f"{folder.path}: trained for {folder.last_step()} steps: {folder.last_adapter(config.lora.name)}")
+
+
+def _hashes(config: configs.Config) -> dict[str, str]:
+    if not config.lora.frozen:
+        return {}
+    # It loads jax, which a mistake in the configuration need not wait for.
+    from nabla_jax import training
+
+    return training.frozen_sha256(config)
 
 
 def is_finished(config: configs.Config, folder: runs.RunFolder) -> bool:
@@ -41,7 +50,7 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
     from nabla_jax import draws, optim, training
     from nabla_jax.checkpoints import pipeline
     from nabla_jax.checkpoints.run_state import RunState
-    from nabla_jax.models import flux, lora
+    from nabla_jax.models import flux, layers, lora
     from nabla_jax.parallel import mesh as meshes
 
     settings, name = config.train, config.lora.name
@@ -53,6 +62,10 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
     runs.write_environment(folder.environment, {"devices": [str(device) for device in jax.devices()]})
     base_path = configs.resolve_base(config)
     training.check_prepared(config)
+    with RunState(folder.checkpoints) as saved:
+        begun = saved.latest() is not None
+    start_adapter = None if begun else training.load_start(config)
+    frozen = training.load_frozen(config)
     base_sha256 = pipeline.folder_hash(base_path / "transformer")
 
     # ------------------------------------------------------------------------------------------ frozen base
@@ -60,18 +73,21 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
     method, base = training.load_method(config, everywhere)
 
     # --------------------------------------------------------------------------------------- abstract state
-    optimizer = optim.make(config.optim)
+    optimizer = optim.make(config.optim, config.lora.dtype)
+    frozen = jax.device_put(frozen, everywhere)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base)
 
-    def initial_state() -> training.State:
-        key = draws.key(settings.seed, draws.ADAPTER_INIT)
-        fresh = lora.initialize(key, shapes, rank=config.lora.rank, alpha=config.lora.alpha, stacked=flux.STACKED)
-        return training.initial_state({name: fresh.params}, optimizer, config)
+    def initial_state(start: layers.Params | None) -> training.State:
+        if start is None:
+            key = draws.key(settings.seed, draws.ADAPTER_INIT)
+            rank, alpha = config.lora.rank, config.lora.alpha
+            start = lora.initialize(key, shapes, rank=rank, alpha=alpha, stacked=flux.STACKED).params
+        return training.initial_state({name: start}, optimizer, config)
 
-    abstract = jax.eval_shape(initial_state)
+    abstract = jax.eval_shape(initial_state, None)
 
     # ------------------------------------------------------------------------------------------------ input
-    inputs = training.open_input(config)
+    inputs = training.open_input(config, mesh)
 
     with (
         contextlib.closing(training.run_batches(inputs)) as loader,
@@ -87,7 +103,8 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
             loader.set_state(position["loader"])
             print(f"{folder.path}: continuing after step {start}", flush=True)
         else:
-            state = jax.jit(initial_state, out_shardings=everywhere)()
+            state = jax.jit(initial_state, out_shardings=everywhere)(start_adapter)
+        del start_adapter
         metrics = runs.JsonLines(folder.metrics)
         # Rows beyond the checkpoint are made again; a row that was written only for being a run's last goes
         # when the run is extended.
@@ -116,14 +133,14 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
             # Metrics first: what a checkpoint continues from must already be on record, and be finite.
             write_pending()
             saved.save(step, state, {"loader": loader.get_state()})
-            training.export(config, folder, training.exported(state, config)[name], step, base_sha256)
+            training.export(config, folder, training.exported(state, config, frozen)[name], step, base_sha256)
 
         # --------------------------------------------------------------------------------------------- loop
         with runs.progress(settings.steps, "train", done=start, unit="step") as bar:
             for step in range(start + 1, settings.steps + 1):
-                batch = training.device_batch(next(loader), mesh)
+                batch = training.device_batch(next(loader), mesh, inputs.diptychs)
                 clock.data_arrived()
-                state, values = train_step(state, base, batch)
+                state, values = train_step(state, base, batch, frozen)
                 write_pending()
                 pending = (step, values, clock.step(settings.batch))
                 bar.update(1)
@@ -137,7 +154,7 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
                 if last or step % settings.save_every == 0:
                     save(step)
                 if settings.sample_every and (last or step % settings.sample_every == 0):
-                    sheet.draw(base, training.exported(state, config), step)
+                    sheet.draw(base, training.exported(state, config, frozen), step)
                     clock.restart()
         if start >= settings.steps:  # the process that made the last step died before it exported the adapter
             save(start)

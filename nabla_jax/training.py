@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,17 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from nabla_jax import api, optim, reposing, runs
+from nabla_jax import api, diptychs, optim, reposing, runs
 from nabla_jax.checkpoints import adapters as adapter_files
 from nabla_jax.checkpoints import pipeline
 from nabla_jax.config import Config, resolve_base
 from nabla_jax.data import loader as loaders
 from nabla_jax.data.pictures import captions_sha256
+from nabla_jax.diptychs import DiptychEncoder
 from nabla_jax.errors import UserError
+from nabla_jax.hashing import file_sha256
 from nabla_jax.images import write_image
-from nabla_jax.models import flux, layers
+from nabla_jax.models import flux, layers, lora
 from nabla_jax.models.autoencoder import AutoencoderKLConfig
 from nabla_jax.models.lora import Adapter
 from nabla_jax.parallel import mesh as meshes
@@ -68,7 +70,9 @@ def check_prepared(config: Config) -> None:
     base = resolve_base(config)
     vae = AutoencoderKLConfig.from_json(base / "vae" / "config.json")
     side = config.conditioning.size // vae.factor
-    pairs = [(f"conditioning.{k}", v, getattr(config.conditioning, k)) for k, v in made["conditioning"].items()]
+    # A folder of whole conditions does not name compact.
+    conditioning = {"compact": 1} | made["conditioning"]
+    pairs = [(f"conditioning.{k}", v, getattr(config.conditioning, k)) for k, v in conditioning.items()]
     pairs.append(("data.split", made["split"], config.data.split))
     pairs.append(("moments", prepared.manifest["moments"], [2 * vae.latent_channels, side, side]))
     if config.conditioning.caption == "fixed":
@@ -86,11 +90,15 @@ def check_prepared(config: Config) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """Where a run's pairs come from: a prepared folder, or pictures and the encoder for them."""
+    """Where a run's pairs come from: a prepared folder, or pictures and the encoder for them.
+
+    ``encode`` encodes single pictures, for the loader; ``diptychs`` whole batches of pairs, after it.
+    """
 
     config: Config
     source: loaders.Source
     encode: loaders.Encode | None = None
+    diptychs: DiptychEncoder | None = None
 
     def batches(self, batch: int, seed: int, part: tuple[int, int] = (0, 1)) -> loaders.Loader:
         """Batches of ``batch`` pairs, of which process i of ``part`` = (i, n) gets its share."""
@@ -98,22 +106,34 @@ class Input:
         return loaders.make_loader(
             self.source, self.config.train.sampler, batch // part[1], seed, part,
             control=self.config.conditioning.control, levels=data.levels, similarity=data.similarity,
-            threads=data.threads, workers=data.workers, encode=self.encode,
+            per_class=data.per_class, threads=data.threads, workers=data.workers, encode=self.encode,
         )  # fmt: skip
 
 
-def open_input(config: Config) -> Input:
+def open_input(config: Config, mesh: Mesh) -> Input:
     """Opens what ``data.mode`` names.
 
-    With ``on_the_fly`` the autoencoder and the text encoders are loaded. Raises UserError for data that cannot be
-    read.
+    With ``on_the_fly`` the autoencoder and the text encoders are loaded; for method insert the autoencoder and Redux,
+    onto ``mesh``. Raises UserError for data that cannot be read.
     """
     if config.data.mode == "precomputed":
         return Input(config, loaders.open_prepared(config.data.prepared))
+    if config.conditioning.method == "insert":
+        folder = resolve_base(config)
+        source = pictures_source(config, _no_text, pipeline.vae_config(folder).factor)
+        vae = pipeline.load_vae(folder, sharding=meshes.replicated(mesh))
+        text_length = config.conditioning.text_length
+        encoder = diptychs.load_encoder(folder, config.base.redux, text_length, mesh, config.train.dtype, vae)
+        return Input(config, source, diptychs=encoder)
     encoders = load_encoders(dataclasses.replace(config, data=dataclasses.replace(config.data, vision="")))
     per_call = pictures_per_call(config.conditioning.size, encoders.devices)
     encode = functools.partial(stored_moments, encoders.images, per_call=per_call)
-    return Input(config, pictures_source(config, encoders), encode)
+    return Input(config, pictures_source(config, encoders.prompts, encoders.factor), encode)
+
+
+def _no_text(captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of no tokens: of method insert the text is made with the subject's picture."""
+    return np.zeros((len(captions), 0, 0), np.float32), np.zeros((len(captions), 0), np.float32)
 
 
 def run_batches(inputs: Input) -> loaders.Loader:
@@ -136,27 +156,108 @@ def initial_adapter_scale(config: Config) -> float:
     return config.lora.alpha / config.lora.rank
 
 
+def load_start(config: Config) -> layers.Params | None:
+    """The adapter that ``lora.start`` names, on the host's first device, or None for a fresh one.
+
+    Raises UserError, before the base's weights are read, for a file that does not fit the base, the method, or the
+    adapter that is to be trained (its rank, its alpha / rank, its linears).
+    """
+    if not config.lora.start:
+        return None
+    path, folder = api.find_adapter(config.lora.start), resolve_base(config)
+    metadata = adapter_files.read_metadata(path)
+    api.check_method(path, metadata, config.conditioning.method)
+    if metadata.base_sha256:
+        api.check_base(path, metadata, folder, pipeline.folder_hash(folder / "transformer"))
+    pairs = (
+        ("rank", metadata.rank, config.lora.rank),
+        ("alpha / rank", metadata.scale, initial_adapter_scale(config)),
+    )
+    for what, found, expected in pairs:
+        if not np.isclose(found, expected, rtol=4e-3):  # alpha is stored in as few as 8 bits
+            raise UserError(f"lora.start: {path}: {what}: found {found:g}, expected {expected:g}, as lora says")
+    return _load_adapter("lora.start", path, folder).params
+
+
+def load_frozen(config: Config) -> dict[str, Adapter]:
+    """The adapter that ``lora.frozen`` names, on the host's first device, under the name of the one trained on it.
+
+    Empty where there is none. Raises UserError, before the base's weights are read, for a file that was made for
+    another base, method or conditioning than this run's, or has other linears.
+    """
+    if not config.lora.frozen:
+        return {}
+    path, folder = api.find_adapter(config.lora.frozen), resolve_base(config)
+    metadata = adapter_files.read_metadata(path)
+    # Both act on the same tokens of the same sequence: what one was shown the other must be.
+    api.check_adapter(path, metadata, folder, pipeline.folder_hash(folder / "transformer"), config.conditioning)
+    api.check_reads(path, metadata, ("both",), "lora.frozen")
+    if config.conditioning.method == "insert":
+        api.find_redux(config.base.redux, metadata, path)
+    return {config.lora.name: _load_adapter("lora.frozen", path, folder)}
+
+
+def frozen_sha256(config: Config) -> dict[str, str]:
+    """The hash of the adapter that ``lora.frozen`` names, for ``runs.open_run``; empty where there is none."""
+    return {"lora.frozen": file_sha256(api.find_adapter(config.lora.frozen))} if config.lora.frozen else {}
+
+
+def _load_adapter(key: str, path: Path, folder: Path) -> Adapter:
+    """An adapter for the base in ``folder``. Raises UserError for other linears than are trained."""
+    model = flux.FluxConfig.from_json(folder / "transformer" / "config.json")
+    _, shapes = layers.abstract(lambda rngs: flux.Flux(model, rngs=rngs))
+    adapter, _ = adapter_files.load_adapter(path, shapes, stacked=flux.STACKED)
+    linears = _linears(adapter.params)
+    wanted = {".".join(where) for where in lora.targets(shapes, lora.FLUX_TARGETS, flux.STACKED)}
+    if linears != wanted:
+        differing = [f"{name} is missing" for name in sorted(wanted - linears)]
+        differing += [f"{name} is not trained" for name in sorted(linears - wanted)]
+        raise UserError(f"{key}: {path}: another set of linears: {', '.join(differing)}")
+    return adapter
+
+
+def _linears(tree: layers.Params, where: tuple[str, ...] = ()) -> set[str]:
+    """Names of the linears of an adapter's tree."""
+    if "lora_A" in tree:
+        return {".".join(where)}
+    return set().union(*(_linears(child, (*where, name)) for name, child in tree.items()))
+
+
+def composed(
+    trees: Mapping[str, layers.Params], config: Config, frozen: Mapping[str, Adapter] | None = None
+) -> dict[str, Adapter]:
+    """What acts while ``trees`` {name: tree} are trained: each, added to the ``frozen`` adapter of its name."""
+    scale = initial_adapter_scale(config)
+    trained = {name: Adapter(tree, scale) for name, tree in trees.items()}
+    return trained if not frozen else {name: lora.add(frozen[name], one) for name, one in trained.items()}
+
+
 def make_step(
     method: reposing.Method, optimizer: optax.GradientTransformation, config: Config
-) -> Callable[[State, layers.Params, reposing.Batch], tuple[State, Values]]:
-    """The compiled step (state, frozen base, batch) -> (state, values). The state's buffers are donated.
+) -> Callable[..., tuple[State, Values]]:
+    """The compiled step (state, frozen base, batch[, frozen adapters]) -> (state, values); the state is donated.
 
     The state holds ``adapters`` {name: tree}, ``optimizer``, ``step`` and, with ``train.ema``, the adapters' running
     ``average``; values are the scalars ``loss``, ``grad_norm`` (before clipping) and, for Prodigy, its distance
-    estimate ``d``.
+    estimate ``d``. For the frozen adapters see ``load_frozen``.
     """
-    scale = initial_adapter_scale(config)
 
-    def objective(trees: dict[str, layers.Params], base: layers.Params, batch: reposing.Batch) -> jax.Array:
-        adapters = {name: Adapter(tree, scale) for name, tree in trees.items()}
+    def objective(
+        trees: dict[str, layers.Params],
+        base: layers.Params,
+        batch: reposing.Batch,
+        frozen: Mapping[str, Adapter] | None,
+    ) -> jax.Array:
         train = config.train
         return reposing.loss(
-            method, adapters, base, batch, seed=train.seed, guidance=train.guidance, time_mean=train.time_mean,
-            foreground_weight=train.foreground_weight,
+            method, composed(trees, config, frozen), base, batch, seed=train.seed, guidance=train.guidance,
+            time_mean=train.time_mean, foreground_weight=train.foreground_weight,
         )  # fmt: skip
 
-    def step(state: State, base: layers.Params, batch: reposing.Batch) -> tuple[State, Values]:
-        loss, gradients = jax.value_and_grad(objective)(state["adapters"], base, batch)
+    def step(
+        state: State, base: layers.Params, batch: reposing.Batch, frozen: Mapping[str, Adapter] | None = None
+    ) -> tuple[State, Values]:
+        loss, gradients = jax.value_and_grad(objective)(state["adapters"], base, batch, frozen)
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["adapters"])
         values = {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
         estimate = optim.prodigy_estimate(optimizer_state)
@@ -174,21 +275,25 @@ def make_step(
 
 
 def initial_state(adapters: dict[str, layers.Params], optimizer: optax.GradientTransformation, config: Config) -> State:
-    """The state before the first step; see ``make_step``."""
+    """The state before the first step, its adapters in ``lora.dtype``; see ``make_step``."""
+    adapters = jax.tree.map(lambda p: p.astype(config.lora.dtype), adapters)
     state = {"adapters": adapters, "optimizer": optimizer.init(adapters), "step": jnp.zeros((), jnp.int32)}
     if config.train.ema:
-        state["average"] = jax.tree.map(jnp.copy, adapters)
+        # float32 whatever is averaged: a thousandth of a bfloat16 number is lost in it.
+        state["average"] = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), adapters)
     return state
 
 
-def exported(state: State, config: Config) -> dict[str, layers.Params]:
-    """The adapters {name: tree} that a run hands on: their average if there is one."""
-    adapters: dict[str, layers.Params] = state["average" if config.train.ema else "adapters"]
-    return adapters
+def exported(state: State, config: Config, frozen: Mapping[str, Adapter] | None = None) -> dict[str, Adapter]:
+    """The adapters that a run hands on: what acts, see ``composed``, and of the trained ones their average if any."""
+    trees = state["average" if config.train.ema else "adapters"]
+    return composed(jax.tree.map(lambda p: p.astype(config.lora.dtype), trees), config, frozen)
 
 
-def device_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """A loader's batch on the mesh, cut along its leading axis."""
+def device_batch(batch: Mapping[str, Any], mesh: Mesh, encoder: DiptychEncoder | None = None) -> dict[str, jax.Array]:
+    """A loader's batch on the mesh, cut along its leading axis; pairs of pictures are encoded on the way."""
+    if encoder is not None:
+        return encoder(batch)
     chosen = {name: np.asarray(batch[name]) for name in BATCH_KEYS}
     # Sample numbers are 64 bits wide on the host; keys fold in 32.
     chosen["sample"] = chosen["sample"].astype(np.uint32)
@@ -231,23 +336,21 @@ def host_row(step: int, values: Values, timing: Mapping[str, float]) -> dict[str
     return {"step": step, **numbers, **timing}
 
 
-def export(config: Config, folder: runs.RunFolder, tree: layers.Params, step: int, base_sha256: str) -> Path:
+def export(config: Config, folder: runs.RunFolder, adapter: Adapter, step: int, base_sha256: str) -> Path:
     """Writes the adapter of a step and then points ``adapters/last`` at it."""
     path = folder.adapter(step, config.lora.name)
+    metadata = adapter_metadata(config, step, base_sha256)
+    if config.lora.frozen:
+        metadata = dataclasses.replace(metadata, rank=adapter.rank, alpha=adapter.scale * adapter.rank)
     with runs.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        adapter_files.save_adapter(
-            path,
-            Adapter(jax.device_get(tree), initial_adapter_scale(config)),
-            adapter_metadata(config, step, base_sha256),
-            stacked=flux.STACKED,
-        )
+        adapter_files.save_adapter(path, adapter, metadata, stacked=flux.STACKED)
     runs.write_atomic(folder.last, f"step_{step}\n")
     return path
 
 
 def adapter_metadata(config: Config, step: int, base_sha256: str) -> adapter_files.AdapterMetadata:
-    """What generation must know of a training run."""
+    """What generation must know of a training run; rank and alpha are those of what it trains."""
     folder = resolve_base(config)
     return adapter_files.AdapterMetadata(
         rank=config.lora.rank,
@@ -267,15 +370,19 @@ def adapter_metadata(config: Config, step: int, base_sha256: str) -> adapter_fil
         sample_guidance=config.sample.guidance,
         sample_steps=config.sample.steps,
         independent_conditions=config.conditioning.independent_conditions,
-        applies_to="condition",
+        compact=config.conditioning.compact,
+        applies_to=api.APPLIES_TO[config.conditioning.method],
         step=step,
+        method=api.method_name(config.conditioning),
+        **(api.diptych_metadata(config) if config.conditioning.method == "insert" else {}),
     )
 
 
 class SampleSheet:
     """A few pictures drawn during training by the sampler that ``generate`` runs, always of the same pairs.
 
-    Each row of the PNG shows subject, control, target and the drawn picture, all through the autoencoder.
+    Each row of the PNG shows subject, control, target and the drawn picture, all through the autoencoder; of method
+    insert the diptych with its hole, the whole one and the drawn one.
     """
 
     ROWS = 8
@@ -287,21 +394,27 @@ class SampleSheet:
         self._reposer: api.Reposer | None = None
         self._batch: dict[str, Any] = {}
 
-    def draw(self, base: layers.Params, trees: dict[str, layers.Params], step: int) -> Path:
+    def draw(self, base: layers.Params, adapters: dict[str, Adapter], step: int) -> Path:
         """Writes ``step_N.png``."""
         count = min(self._config.sample.batch, self.ROWS)
         count = max(count // self._mesh.size, 1) * self._mesh.size
         if self._reposer is None:
             with contextlib.closing(self._inputs.batches(count, self._config.sample.seed)) as loader:
-                self._batch = dict(next(loader))
+                batch, encoder = next(loader), self._inputs.diptychs
+                self._batch = dict(batch if encoder is None else jax.device_get(encoder(batch)))
             self._reposer = self._make_reposer(base)
-        scale = initial_adapter_scale(self._config)
-        adapters = {name: Adapter(tree, scale) for name, tree in trees.items()}
         reposer = dataclasses.replace(self._reposer, adapters=adapters)
-        inputs = {k: np.asarray(self._batch[k]) for k in BATCH_KEYS if k not in ("target", "mask")}
+        names = (*self._method.pictures, "repaint", "prompt_embeds", "pooled", "sample")
+        inputs = {name: np.asarray(self._batch[name]) for name in names if name in self._batch}
         inputs["sample"] = inputs["sample"].astype(np.uint32)
-        columns = [self._decode_mean(reposer, self._batch[name]) for name in ("subject", "control", "target")]
-        columns.append(reposer.draw(inputs, dataclasses.replace(self._config.sample, batch=count)))
+        columns = [self._decode_mean(reposer, self._batch[name]) for name in (*self._method.pictures, "target")]
+        # No sibling is known here.
+        sample = dataclasses.replace(self._config.sample, batch=count, sibling_guidance=1.0)
+        columns.append(reposer.draw(inputs, sample))
+        # Compact conditions are shown at the size of the others.
+        height = max(column.shape[1] for column in columns)
+        scales = [height // column.shape[1] for column in columns]
+        columns = [c.repeat(scale, axis=1).repeat(scale, axis=2) for c, scale in zip(columns, scales, strict=True)]
         sheet = np.concatenate([np.concatenate(list(column), axis=0) for column in columns], axis=1)
         path = self._folder / f"step_{step}.png"
         write_image(sheet, path)

@@ -3,6 +3,7 @@
 import atexit
 import functools
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -15,8 +16,9 @@ from flax import nnx
 
 from nabla_jax import config as configs
 from nabla_jax import prepare, train
-from nabla_jax.checkpoints import pipeline
-from nabla_jax.models import autoencoder, clip, flux, layers, t5
+from nabla_jax.checkpoints import adapters, pipeline
+from nabla_jax.checkpoints.transformers_folder import save_redux
+from nabla_jax.models import autoencoder, clip, flux, layers, lora, redux, siglip, t5
 from nabla_jax.pretrain import text
 from nabla_jax.toybirds import write_world
 
@@ -39,8 +41,12 @@ def random_params(make: Callable[[nnx.Rngs], nnx.Module], rng: np.random.Generat
     return jax.tree_util.tree_map_with_path(draw, layers.abstract(make)[1])
 
 
-def write_base(folder: Path, seed: int = 0) -> Path:
-    """A complete pipeline folder, FLUX.1-Kontext's structure at a very small width, weights drawn from ``seed``."""
+def write_base(folder: Path, seed: int = 0, *, fill: bool = False, schnell: bool = False, blocks: int = 2) -> Path:
+    """A complete pipeline folder, FLUX.1-Kontext's structure at a very small width, weights drawn from ``seed``.
+
+    With ``fill`` it is FLUX.1-Fill's (noisy latents, those of the masked picture and the mask are a token's channels),
+    with ``schnell`` FLUX.1-schnell's. ``blocks``: of each of the two kinds.
+    """
     rng = np.random.default_rng(seed)
     text.write_tokenizers(folder, WORDS)
     vocabulary = json.loads((folder / "tokenizer" / "vocab.json").read_text())
@@ -49,14 +55,16 @@ def write_base(folder: Path, seed: int = 0) -> Path:
         block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, sample_size=SIZE
     )
     transformer = flux.FluxConfig(
-        num_layers=2,
-        num_single_layers=2,
+        num_layers=blocks,
+        num_single_layers=blocks,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=16,
         pooled_projection_dim=16,
-        guidance_embeds=True,
+        guidance_embeds=not schnell,
         axes_dims_rope=(4, 6, 6),
+        in_channels=384 if fill else 64,
+        out_channels=64 if fill else None,
     )
     text_encoder = clip.CLIPTextConfig(
         vocab_size=len(vocabulary),
@@ -79,8 +87,40 @@ def write_base(folder: Path, seed: int = 0) -> Path:
         model = pipeline.PARTS[name].model
         params = random_params(lambda r, m=model, c=part_config: m(c, rngs=r), rng)
         pipeline.save_part(folder, name, part_config, params)
-    pipeline.write_index(folder)
+    if schnell:
+        pipeline.write_index(folder, "FluxPipeline", pipeline.SCHNELL)
+    else:
+        pipeline.write_index(folder, "FluxFillPipeline" if fill else "FluxKontextPipeline")
     return folder
+
+
+def write_redux(folder: Path, seed: int = 0, width: int = 16) -> Path:
+    """A FLUX.1-Redux folder for ``write_base``: a small SigLIP of 16 patches and the embedder."""
+    rng = np.random.default_rng(seed)
+    tower = siglip.SiglipVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    model = redux.ReduxConfig(tower, redux.ReduxEmbedderConfig(redux_dim=16, txt_in_features=width))
+    save_redux(folder, model, random_params(lambda rngs: redux.Redux(model, rngs=rngs), rng))
+    return folder
+
+
+def fake_devices(count: int) -> str:
+    """XLA_FLAGS of a command that sees so many devices, beside the suite's own."""
+    return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
+
+
+def write_adapter(path: Path, base: Path, metadata: adapters.AdapterMetadata, seed: int = 0) -> Path:
+    """An adapter on every linear of a pipeline folder's transformer, with random weights and this metadata."""
+    model = pipeline.transformer_config(base)
+    _, shapes = layers.abstract(lambda rngs: flux.Flux(model, rngs=rngs))
+    make = functools.partial(lora.initialize, params=shapes, rank=metadata.rank, alpha=metadata.alpha)
+    fresh = jax.eval_shape(functools.partial(make, stacked=flux.STACKED), jax.random.key(0))
+    rng = np.random.default_rng(seed)
+    drawn = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32) / metadata.rank, fresh)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    adapters.save_adapter(path, drawn, metadata, stacked=flux.STACKED)
+    return path
 
 
 def write_small_world(folder: Path, seed: int = 0, images: int = 144) -> Path:
@@ -123,7 +163,12 @@ def config(root: Path, **overrides: Any) -> configs.Config:
 
 def write_config(root: Path, path: Path, **overrides: Any) -> Path:
     """The same as a file for the command line."""
-    path.write_text(f"def get_config(arg=''):\n    return {values(root, **overrides)!r}\n")
+    return write_values(values(root, **overrides), path)
+
+
+def write_values(content: dict[str, Any], path: Path) -> Path:
+    """A configuration file with this content."""
+    path.write_text(f"def get_config(arg=''):\n    return {content!r}\n")
     return path
 
 
@@ -136,6 +181,27 @@ def prepared_root() -> Path:
     write_small_world(root / "world")
     made = config(root)
     prepare.prepare(made, prepare.load_encoders(made))
+    return root
+
+
+def insert_values(root: Path, **overrides: Any) -> dict[str, Any]:
+    """``values`` for method insert, whose base is ``root/fill`` and whose Redux ``root/redux``."""
+    settings = {
+        "base__path": str(root / "fill"), "base__redux": str(root / "redux"),
+        "data__mode": "on_the_fly", "data__prepared": "", "data__threads": 1,
+        "conditioning__method": "insert", "conditioning__prompt": "",
+        "sample__feather": 2, "train__workdir": str(root / "insert"),
+    }  # fmt: skip
+    return values(root, **settings | overrides)
+
+
+@functools.cache
+def insert_root() -> Path:
+    """``prepared_root`` with ``fill``, ``redux`` and the run folder ``insert`` of four uninterrupted steps."""
+    root = prepared_root()
+    write_base(root / "fill", fill=True, blocks=1)
+    write_redux(root / "redux")
+    train.main(["--config", str(write_values(insert_values(root), root / "insert.py"))])
     return root
 
 

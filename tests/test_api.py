@@ -73,20 +73,6 @@ def test_paths_pil_images_and_arrays_are_the_same_and_the_seed_decides(tmp_path:
     assert not np.array_equal(first, np.asarray(untuned().repose(a, b, a_mask, b_mask, guidance=9.0)))
 
 
-def test_a_picture_does_not_depend_on_its_batch() -> None:
-    jobs = [api.Job(f"pair {i}", *picture(40 + i, 60, i), *picture(30, 50 - i, 10 + i)) for i in range(3)]
-    sample = Sample(steps=2, batch=3)
-    together = [image for image, _ in untuned().repose_batch(jobs, sample)]
-    reversed_ = [image for image, _ in untuned().repose_batch(jobs[::-1], sample)][::-1]
-    alone = [untuned().repose_batch([job], sample)[0][0] for job in jobs]
-    single = [untuned().repose_batch([job], dataclasses.replace(sample, batch=1))[0][0] for job in jobs]
-    for i in range(3):
-        np.testing.assert_array_equal(together[i], reversed_[i])
-        np.testing.assert_array_equal(together[i], alone[i])
-        # Another batch size is another program: equal to rounding.
-        assert np.abs(together[i].astype(int) - single[i]).max() <= 1
-
-
 def test_keys_of_pairs_give_them_different_noise() -> None:
     a, b = picture(40, 40, 0), picture(40, 40, 1)
     sample = Sample(steps=2, batch=2)
@@ -148,6 +134,11 @@ def test_adapter_for_another_base_is_refused(tmp_path: Path) -> None:
 def test_adapter_trained_under_other_conditions_is_refused() -> None:
     with pytest.raises(UserError, match="trained with prompt 'A photo of a bird.', the configuration asks for"):
         nabla_jax.load(base(), trained_file(), conditioning=dataclasses.replace(CONDITIONING, prompt="An owl."))
+
+
+def test_the_cache_is_refused_for_an_adapter_whose_conditions_see_text_and_noise() -> None:
+    with pytest.raises(UserError, match=r"fill\.safetensors: condition cache: found independent_conditions false"):
+        nabla_jax.load(base(), trained_file(), cache=True)
 
 
 def test_adapter_that_cannot_be_found(tmp_path: Path) -> None:

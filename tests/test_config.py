@@ -89,6 +89,9 @@ def test_toy_changes_only_sizes_paths_and_numbers() -> None:
         ("", {"optim.lr": "1"}, "optim.lr", 1.0),
         ("", {"data.levels": "0 self,500 self=1 class=3"}, "data.levels", ("0 self", "500 self=1 class=3")),
         ("", {"data.controls": "fill"}, "data.controls", ("fill",)),
+        ("", {"data.per_class": "1", "train.sampler": "level", "data.levels": "0 self"}, "data.per_class", 1),
+        ("", {"data.per_class": "1", "train.sampler": "level", "data.levels": "0 order class=0"}, "data.per_class", 1),
+        ("", {"data.per_class": "5"}, "data.per_class", 5),
         ("", {"data.controls": ""}, "data.controls", ()),
     ],
 )
@@ -119,6 +122,14 @@ def test_overrides(arg: str, overrides: dict[str, str], key: str, expected: obje
         ("", {"data.similarity": "60"}, ["data.similarity", "60", "cosine"]),
         ("", {"data.workers": "-1"}, ["data.workers", "-1", "0 or more"]),
         ("", {"data.mode": "on_the_fly", "train.sampler": "mined"}, ["train.sampler", "features", "precomputed"]),
+        ("", {"data.per_class": "-1"}, ["data.per_class", "-1", "0 or more"]),
+        ("", {"data.per_class": "1"}, ["data.per_class", "train.sampler all_pairs", "level", "self", "family"]),
+        (
+            "",
+            {"data.per_class": "1", "train.sampler": "level", "data.levels": "0 self,9 class=2"},
+            ["data.per_class", "9 class=2", "two pictures of a class", "self"],
+        ),
+        ("", {"lora.dtype": "float16"}, ["lora.dtype", "float16", "float32, bfloat16"]),
     ],
 )
 def test_a_wrong_override_names_key_found_and_expected(arg: str, overrides: dict[str, str], words: list[str]) -> None:

@@ -1,16 +1,15 @@
-"""Depth and keypoints from the data folder to pictures, through the commands, on the embedded world."""
+"""Depth and keypoints from the data folder to pictures. The commands in a row: see test_configurations.py."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from nabla_jax import api, generate, prepare, train
+from nabla_jax import api, generate
 from nabla_jax import config as configs
-from nabla_jax.checkpoints.adapters import AdapterMetadata, read_metadata
+from nabla_jax.checkpoints.adapters import AdapterMetadata
 from nabla_jax.conditioning.geometry import Placement
 from nabla_jax.config import Conditioning
 from nabla_jax.data import controls, pictures, read_dataset, skeleton
@@ -22,25 +21,6 @@ from tests.test_api import untuned
 @pytest.fixture(params=["depth", "keypoints"])
 def control(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-def test_prepare_train_generate(control: str, tmp_path: Path) -> None:
-    """Nothing but the control is set, and where its files go."""
-    world = prepared_root()
-    folders = {"data__prepared": str(tmp_path / "prepared"), "train__workdir": str(tmp_path / "run")}
-    changes = {"conditioning__control": control, **folders, "train__steps": 1, "train__save_every": 1}
-    file = write_config(world, tmp_path / "config.py", **changes)
-    prepare.main(["--config", str(file)])
-    train.main(["--config", str(file)])
-    metadata = read_metadata(api.find_adapter(tmp_path / "run"))
-    assert (metadata.control, metadata.skeleton, metadata.dot, metadata.line) == (control, "dense", 15, 10)
-    arguments = ["--config", str(file), "--adapter", str(tmp_path / "run")]
-    generate.main([*arguments, "--out", str(tmp_path / "pictures"), "--limit", "1", "--subjects", "right"])
-    folder = tmp_path / "pictures" / "nabla" / "right"
-    (row,) = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
-    dataset = read_dataset(world / "world" / "nabirds")
-    target = controls.read_image(dataset.by_id[row["target_id"]].image)
-    assert np.asarray(Image.open(folder / row["file"])).shape == target.shape
 
 
 class Recorder:

@@ -293,6 +293,22 @@ def test_without_an_oracle_there_are_pixel_metrics_only_and_a_note(world, tmp_pa
     assert "no oracle" in capsys.readouterr().out
 
 
+def test_every_setting_of_a_manifest_is_listed_whatever_its_name(world, tmp_path):
+    settings = {"method": "insert", "window": 2.4, "feather": 2}
+    for name, further in (("plain", {}), ("insert", settings)):
+        folder = tmp_path / name / "ellipses"
+        fake_world.write_pictures(world / "birds", folder, MODELS["half"], settings=further)
+    pictures = {name: tmp_path / name for name in ("plain", "insert")}
+    verb.evaluate(pictures, {"ellipses": world / "birds"}, tmp_path / "out", workers=0)
+    plain, insert = json.loads((tmp_path / "out" / "evaluation.json").read_text())["sets"]
+    assert {name: insert.get(name) for name in settings} == {name: [value] for name, value in settings.items()}
+    # Nothing that belongs to a single picture is among them.
+    assert insert.keys() - plain.keys() == settings.keys()
+    assert {name for name, value in plain.items() if isinstance(value, list)} == {
+        *("seed", "steps", "guidance", "adapter", "adapter_sha256", "base_sha256")
+    }
+
+
 def test_a_set_without_shuffled_pictures_has_no_subject_effect_and_a_note(world, tmp_path, capsys):
     folder = tmp_path / "pictures" / "ellipses"
     shutil.copytree(world / "pictures" / "half" / "ellipses" / "right", folder / "right")

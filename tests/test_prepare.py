@@ -36,6 +36,7 @@ from nabla_jax.prepare import compile_encoder, estimate, prepare
 from tests import stand_ins
 from tests.checkpoints.pipeline_folder import write_pipeline
 from tests.data.folders import LEAVES, file_of, write_nabirds
+from tests.fixtures import fake_devices
 from tests.stand_ins import SIZE, config_for, encoders, pool
 
 
@@ -471,7 +472,7 @@ def test_the_encoder_is_cut_over_devices() -> None:
     done = subprocess.run(
         [sys.executable, "-c", FOUR_DEVICES], capture_output=True, text=True, check=True,
         cwd=Path(__file__).parent.parent,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": "."},
+        env=os.environ | {"XLA_FLAGS": fake_devices(4), "PYTHONPATH": "."},
     )  # fmt: skip
     devices, difference, largest = map(float, done.stdout.split())
     assert devices == 4 and difference < 1e-5 < largest

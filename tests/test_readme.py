@@ -61,7 +61,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_make_targets_named_in_the_pages() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    shown = r"(?:^|`)make ([a-z]+(?: [a-z]+)*)"
+    shown = r"(?:^|`)make ([a-z-]+(?: [a-z-]+)*)"
     found = [names for page in PAGES for names in re.findall(shown, page.read_text(), re.MULTILINE)]
     assert {"demo", "test"} <= {name for names in found for name in names.split()} <= targets
 

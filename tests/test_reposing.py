@@ -59,14 +59,22 @@ def batch() -> dict[str, np.ndarray]:
     }
 
 
-def sample(setup, *image_guidance: float, **changes) -> np.ndarray:
+def sample(setup, *image_guidance: float, levels: np.ndarray = LEVELS, **changes) -> np.ndarray:
     method, base, adapters = setup
     sampler = reposing.make_sampler(dataclasses.replace(method, **changes))
     image = [jnp.float32(x) for x in image_guidance]
-    return np.asarray(sampler(base, adapters, batch(), LEVELS, jnp.float32(2.5), jnp.uint32(0), *image))
+    return np.asarray(sampler(base, adapters, batch(), levels, jnp.float32(2.5), jnp.uint32(0), *image))
 
 
-def by_hand(setup, image_guidance: float | None = None, *, control: str = "a", independent=False, subject_ids=None):
+def by_hand(
+    setup,
+    image_guidance: float | None = None,
+    *,
+    control: str = "a",
+    independent=False,
+    subject_ids=None,
+    levels=LEVELS,
+):
     """Euler steps over the branches themselves, every condition anew at every step."""
     method, base, adapters = setup
     data = batch()
@@ -90,7 +98,7 @@ def by_hand(setup, image_guidance: float | None = None, *, control: str = "a", i
         reposing.draws.keys(jnp.uint32(0), data["sample"], reposing.draws.NOISE), state.shape[1:]
     )
     step = jax.jit(velocity)
-    for now, following in zip(LEVELS[:-1], LEVELS[1:], strict=True):
+    for now, following in zip(levels[:-1], levels[1:], strict=True):
         v = step(state, now, tokens("subject", "control"))
         if image_guidance is not None:
             without = step(state, now, tokens("empty", "empty"))
@@ -112,6 +120,13 @@ def test_conditions_and_their_variants(setup) -> None:
     check(sample(setup, control_adapter="b"), by_hand(setup, control="b"), plain)
     left = omini.grid_ids(*GRID, offset=(0, -GRID[1]))
     check(sample(setup, kontext=False), by_hand(setup, subject_ids=left), plain)
+
+
+def test_remembered_conditions_change_nothing(setup) -> None:
+    """One run of the conditions, or one at every step: the same latents after 28 steps."""
+    levels = flow.sigmas({"use_dynamic_shifting": True}, 28, GRID[0] * GRID[1])
+    remembered = sample(setup, independent=True, levels=levels)
+    np.testing.assert_allclose(remembered, by_hand(setup, independent=True, levels=levels), rtol=0, atol=1e-5)
 
 
 def test_image_guidance(setup) -> None:

@@ -1,6 +1,7 @@
 """Run folders, atomic files, locks, signals, and errors on one line."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nabla_jax import config as configs
 from nabla_jax import runs
 from nabla_jax.errors import UserError
 from tests import fixtures
@@ -48,6 +50,26 @@ def test_another_configuration_is_refused_with_the_keys_that_differ(tmp_path: Pa
     with (
         pytest.raises(UserError, match=r"lora\.rank: 2 there, 3 here; train\.batch: 2 there, 4 here"),
         runs.open_run(fixtures.config(tmp_path, lora__rank=3, train__batch=4)),
+    ):
+        pass
+
+
+def test_a_field_that_is_younger_than_the_run_has_its_default_there(tmp_path: Path) -> None:
+    config = fixtures.config(tmp_path)
+    with runs.open_run(config) as folder:
+        pass
+    values = json.loads(folder.config.read_text())
+    for section, name in (("lora", "frozen"), ("data", "levels"), ("conditioning", "expansion")):
+        del values[section][name]
+    folder.config.write_text(json.dumps(values))
+    with runs.open_run(config):
+        assert json.loads(folder.config.read_text()) == json.loads(json.dumps(configs.to_dict(config)))
+    folder.config.write_text(json.dumps(values))
+    with (
+        pytest.raises(
+            UserError, match=r"\(data\.levels: \['0 class'\] there, \['0 self'\] here; lora\.frozen: '' there"
+        ),
+        runs.open_run(fixtures.config(tmp_path, lora__frozen="x", data__levels=("0 self",))),
     ):
         pass
 

@@ -54,10 +54,18 @@ class AdapterMetadata:
       sample_guidance: default guidance scale in sampling.
       sample_steps: default number of sampling steps.
       independent_conditions: whether conditions see only themselves.
+      compact: conditions have 1 / compact of the picture's resolution.
       applies_to: condition branches only, the whole sequence, or unknown (files of other tools do not say).
       reads: which of the conditions the adapter is for, when subject and control have one each.
       targets: the adapted linears, ``*`` standing for every block; filled in when a file is written or read.
       step: training step.
+      method: omini, native or insert. All that follows is of insert.
+      redux: name of the FLUX.1-Redux folder, as the configuration gave it.
+      redux_sha256: hash of its weights.
+      mask_policies: of training, one drawn for each sample.
+      expansion: range of the factors by which the subject's box was padded.
+      window: what training saw of a target: a square so many times the bird's box, or 0 for the whole picture.
+      sample_mask_policy, sample_expansion, sample_window, sample_feather: defaults in sampling, see ``config.Sample``.
     """
 
     rank: int
@@ -77,10 +85,21 @@ class AdapterMetadata:
     sample_guidance: float = 1.0
     sample_steps: int = 28
     independent_conditions: bool = False
+    compact: int = 1
     applies_to: Literal["condition", "all", "unknown"] = "condition"
     reads: Literal["both", "subject", "control"] = "both"
     targets: tuple[str, ...] = ()
     step: int = 0
+    method: Literal["omini", "native", "insert"] = "omini"
+    redux: str = ""
+    redux_sha256: str = ""
+    mask_policies: tuple[str, ...] = ()
+    expansion: tuple[float, float] = (1.0, 1.0)
+    window: float = 0.0
+    sample_mask_policy: str = ""
+    sample_expansion: float = 1.0
+    sample_window: float = 0.0
+    sample_feather: int = 0
 
     @property
     def scale(self) -> float:
@@ -92,7 +111,8 @@ class AdapterMetadata:
         """Parses the header entry of the file at ``path``."""
         try:
             raw = json.loads(text)
-            return cls(**raw | {"targets": tuple(raw.get("targets", ()))})
+            lists = {name: tuple(value) for name, value in raw.items() if isinstance(value, list)}
+            return cls(**raw | lists)
         except (json.JSONDecodeError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: metadata {_KEY}: cannot be read ({error}), expected AdapterMetadata") from error
 
@@ -325,12 +345,12 @@ def save_adapter(
     stacked: tuple[str, ...],
     format: Format = "peft",
 ) -> None:
-    """Writes one adapter atomically, one pair of tensors per linear and block (``peft``), float32."""
+    """Writes one adapter atomically, one pair of tensors per linear and block (``peft``), in its own dtypes."""
     modules: dict[str, Pair] = {}
 
     def walk(node: Params, where: tuple[str, ...]) -> None:
         if "lora_A" in node:
-            a, b = (np.asarray(jax.device_get(node[matrix]), np.float32) for matrix in Pair._fields)
+            a, b = (np.asarray(jax.device_get(node[matrix])) for matrix in Pair._fields)
             lead = where[0] in stacked
             for i, name in enumerate(module_names(where, a.shape, stacked)):
                 modules[name] = Pair(a[i], b[i]) if lead else Pair(a, b)

@@ -96,7 +96,7 @@ _LIBRARIES = {
     "vae": ["diffusers", "AutoencoderKL"],
 }
 PIPELINES = ("FluxPipeline", "FluxKontextPipeline", "FluxFillPipeline")
-# The published dev scheduler; schnell's has no shifting and shift 1.
+# The published dev scheduler.
 SCHEDULER: dict[str, Any] = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
     "base_image_seq_len": 256,
@@ -107,6 +107,9 @@ SCHEDULER: dict[str, Any] = {
     "shift": 3.0,
     "use_dynamic_shifting": True,
 }
+
+SCHNELL: dict[str, Any] = {"shift": 1.0, "use_dynamic_shifting": False}
+"""What schnell's scheduler has instead: levels evenly spaced at every size."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +220,39 @@ def is_kontext(folder: StrPath) -> bool:
         raise UserError(f"{folder}: {'; '.join(problems)}")
     index = json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8"))
     return bool(index["_class_name"] == "FluxKontextPipeline")
+
+
+def check_channels(path: StrPath, method: str) -> None:
+    """Raises UserError unless the transformer reads what ``method`` gives a token.
+
+    ``insert`` gives noisy latents, those of the masked picture and the mask, as FLUX.1-Fill takes them; ``omini`` and
+    ``native`` give noisy latents alone, the latter to a base that knows references in its stream. Only configurations
+    are read.
+    """
+    latents = 4 * vae_config(path).latent_channels
+    fill = 2 * latents + 4 * vae_config(path).factor ** 2
+    found, expected = transformer_config(path).in_channels, fill if method == "insert" else latents
+    if found != expected:
+        kind = {latents: "FLUX.1 schnell, dev or Kontext", fill: "FLUX.1-Fill"}
+        raise UserError(
+            f"{path}: method {method} needs {kind[expected]} ({expected} channels a token), found "
+            f"{kind.get(found, 'another base')} ({found})"
+        )
+    if method == "native" and not is_kontext(path):
+        raise UserError(
+            f"{path}: method native needs FLUX.1-Kontext, found a base that knows no reference pictures; expected "
+            "FluxKontextPipeline in model_index.json"
+        )
+
+
+def check_sides(path: StrPath, size: int, compact: int = 1) -> None:
+    """Raises UserError unless pictures of ``size`` and conditions of ``size / compact`` are whole numbers of tokens."""
+    token = 2 * vae_config(path).factor
+    if size % compact or size // compact % token:
+        raise UserError(
+            f"{path}: conditioning.compact: found {compact} for conditioning.size {size}, expected a divisor that "
+            f"leaves conditions of a multiple of {token} pixels, the side of a token"
+        )
 
 
 def check_folder(folder: StrPath) -> None:

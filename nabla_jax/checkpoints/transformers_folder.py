@@ -11,6 +11,7 @@
 Every tensor of a file must have its place, except those that a model's module lists as unused.
 """
 
+import functools
 import hashlib
 import os
 import re
@@ -20,6 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.typing import DTypeLike
 
 from nabla_jax.checkpoints.pipeline import Component, Part, load_model, save_model, write_json
@@ -117,6 +119,21 @@ def check_network(folder: StrPath, name: str) -> None:
     check_tree(folder, abstract, part.table, stacked=part.stacked)
 
 
+def check_redux(folder: StrPath, width: int) -> None:
+    """Raises UserError unless the folder holds a FLUX.1-Redux whose tokens are ``width`` wide; reads no weights."""
+    folder = Path(folder)
+    for name, part in REDUX.items():
+        config = _config(folder / name, part)
+        _, abstract = layers.abstract(functools.partial(_build, part, config))
+        check_tree(folder / name, abstract, part.table, stacked=part.stacked)
+    redux.ReduxConfig(**{name: _config(folder / name, part) for name, part in REDUX.items()}).check(str(folder))
+    if config.txt_in_features != width:
+        raise UserError(
+            f"{folder}/image_embedder/config.json: txt_in_features: found {config.txt_in_features}, expected {width}, "
+            "the joint_attention_dim of the base"
+        )
+
+
 def save_network(
     folder: StrPath, name: str, config: Any, params: layers.Params, *, dtype: DTypeLike | None = None
 ) -> None:
@@ -130,6 +147,20 @@ def save_redux(
     """Writes ``image_encoder/`` and ``image_embedder/``; the inverse of ``load_redux``."""
     for name, part in REDUX.items():
         save_model(Path(folder) / name, part, getattr(config, name), params[name], dtype=dtype)
+
+
+def write_redux_index(folder: StrPath) -> None:
+    """Writes a Redux folder's ``model_index.json``: the classes by which diffusers opens its parts."""
+    absent = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"), [None, None])
+    index = {
+        "_class_name": "FluxPriorReduxPipeline",
+        "_diffusers_version": "0.35.1",
+        "feature_extractor": ["transformers", "SiglipImageProcessor"],
+        "image_embedder": ["flux", "ReduxImageEncoder"],
+        "image_encoder": ["transformers", "SiglipVisionModel"],
+        **absent,
+    }
+    write_json(Path(folder) / "model_index.json", index)
 
 
 def write_lpips(folder: StrPath, vgg: Mapping[str, Any], lin: Mapping[str, Any]) -> None:
@@ -170,6 +201,10 @@ def write_lpips(folder: StrPath, vgg: Mapping[str, Any], lin: Mapping[str, Any])
     folder = Path(folder)
     save_tree(unflatten({name: arrays[name] for name in expected}), folder / NETWORKS["lpips"].file)
     write_json(folder / "config.json", config.to_json())
+
+
+def _build(part: Part, config: Any, rngs: nnx.Rngs) -> nnx.Module:
+    return part.model(config, rngs=rngs)
 
 
 def _config(path: Path, part: Part) -> Any:

@@ -8,6 +8,8 @@ Letters in shapes: B batch, C latent channels, H W height and width of the dipty
 N tokens (h/2 * w/2).
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,21 @@ GREY = 0.0
 """What FLUX.1-Fill sees where the mask hides the picture, in training and sampling alike."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Masked:
+    """What FLUX.1-Fill is shown beside the noise.
+
+    Attributes:
+      tokens: [B, N, 4C] packed latents of the diptych with its hole.
+      mask: [B, N, 4 * factor**2], see ``fold_mask``.
+      adapter: name of the adapter on the whole sequence, or None for the bare base.
+    """
+
+    tokens: jax.Array
+    mask: jax.Array
+    adapter: str | None
+
+
 def side_by_side(reference: jax.Array, target: jax.Array) -> jax.Array:
     """[B, C, H, W'] and [B, C, H, W''] -> [B, C, H, W' + W'']: reference left, target right.
 
@@ -29,6 +46,26 @@ def side_by_side(reference: jax.Array, target: jax.Array) -> jax.Array:
     if reference.shape[-2] != target.shape[-2]:
         raise UserError(f"diptych: the reference is {reference.shape[-2]} high, the target {target.shape[-2]}")
     return jnp.concatenate([reference, target], axis=-1)
+
+
+def pictures(
+    reference: jax.Array, target: jax.Array, mask: jax.Array, hole: float = GREY
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The diptych, the diptych with its hole, and the mask over both halves, which is 0 on the reference.
+
+    Args:
+      reference: [B, 3, H, W'] in [-1, 1].
+      target: [B, 3, H, W''] in [-1, 1].
+      mask: [B, H, W''], repainted where it is at least 0.5.
+      hole: value of the hole.
+
+    Returns:
+      [B, 3, H, W], [B, 3, H, W] and [B, H, W] float32 of 0 and 1, W = W' + W''.
+    """
+    whole = side_by_side(reference, target)
+    mask = (mask >= 0.5).astype(jnp.float32)
+    mask = side_by_side(jnp.zeros(reference[:, 0].shape, jnp.float32), mask)
+    return whole, hide(whole, mask, hole), mask
 
 
 def hide(picture: jax.Array, mask: jax.Array, hole: float = GREY) -> jax.Array:

@@ -167,12 +167,43 @@ class Placement:
         result = resample(result, 1, left, right, columns, kind, whole=True)
         return to_dtype(result, image.dtype)
 
-    def paste(self, image: Array, picture: Array) -> Array:
-        """``picture`` [height, width(, C)] with its box replaced by the inverse of the canvas ``image``."""
+    def paste(self, image: Array, picture: Array, feather: int = 0, keep: Array | None = None) -> Array:
+        """``picture`` [height, width(, C)] with its box replaced by the inverse of the canvas ``image``.
+
+        Outside the box not a bit changes. Along the box's sides that lie inside the picture, the new picture fades in
+        over ``feather`` pixels; ``keep`` [height, width] bool shows whole: where it comes closer to a side, the seam
+        there is narrower.
+        """
         result = picture.copy()
         top, left, bottom, right = self.box
-        result[top:bottom, left:right] = self.invert(image)
+        pasted = self.invert(image)
+        if feather:
+            share = self._seam(feather, keep)
+            share = share.reshape(*share.shape, *[1] * (picture.ndim - 2))
+            under = picture[top:bottom, left:right].astype(np.float64)
+            pasted = to_dtype(under + share * (pasted.astype(np.float64) - under), picture.dtype)
+        result[top:bottom, left:right] = pasted
         return result
+
+    def _seam(self, feather: int, keep: Array | None) -> Array:
+        """The share of the new picture in each pixel of the box, float64 [rows, columns], in (0, 1]."""
+        inner = self.box if keep is None or not keep.any() else mask_box(keep)
+        ends = (self.height, self.width)
+        shares = []
+        for axis in (0, 1):
+            first, last = self.box[axis], self.box[axis + 2]
+            places = np.arange(last - first)
+            share = np.ones(last - first)
+            for distance, at_border, room in (
+                (places, first == 0, inner[axis] - first),
+                (places[::-1], last == ends[axis], last - inner[axis + 2]),
+            ):
+                width = feather if keep is None else min(feather, max(room, 0))
+                if not at_border and width:
+                    # The first pixel inside is a step above the last one outside, which has share 0.
+                    share = np.minimum(share, (distance + 1) / (width + 1))
+            shares.append(share)
+        return np.minimum(shares[0][:, None], shares[1][None])
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a manifest; ``from_json`` is the inverse."""

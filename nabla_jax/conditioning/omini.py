@@ -51,15 +51,15 @@ def grid_ids(
     return ids.reshape(-1, 3).astype(np.float32)
 
 
-def subject_ids(height: int, width: int, *, kontext: bool) -> np.ndarray:
-    """Positions of the subject's picture, [height * width, 3], by the kind of base.
+def subject_ids(height: int, width: int, *, kontext: bool, scale: float = 1.0) -> np.ndarray:
+    """Positions of the subject's picture, [height * width, 3], by the kind of base; ``scale`` as in ``grid_ids``.
 
     On FLUX.1-Kontext it is picture 1 at the noise's positions, as Kontext's own references are. FLUX.1-schnell and dev
     know no second picture: there it lies to the left of the noise.
     """
     if kontext:
-        return grid_ids(height, width, index=1)
-    return grid_ids(height, width, offset=(0, -width))
+        return grid_ids(height, width, index=1, scale=scale)
+    return grid_ids(height, width, offset=(0, -width), scale=scale)
 
 
 def _scale(value: float | None, batch: int) -> jax.Array | None:
@@ -124,8 +124,8 @@ def alone(conditions: Sequence[Condition], pooled: jax.Array, *, guidance_embeds
 def image_guided(conditional: jax.Array, unconditional: jax.Array, scale: float | jax.Array) -> jax.Array:
     """``unconditional + scale (conditional - unconditional)``: how strongly the conditions' pictures are followed.
 
-    Both velocities [B, N, C] come from the same branches with the same visibility; in the unconditional one, black
-    pictures take the conditions' places.
+    Both velocities [B, N, C] come from the same branches with the same visibility; in the unconditional one, other
+    pictures take the conditions' places: black ones, or a sibling's the subject's.
     """
     return unconditional + scale * (conditional - unconditional)
 
@@ -207,6 +207,7 @@ def native(
     *,
     guidance: float | jax.Array | None,
     references: Sequence[tuple[jax.Array, np.ndarray]] = (),
+    adapter: str | None = None,
 ) -> list[Branch]:
     """FLUX.1-Kontext's own formulation: reference tokens in the noisy stream, at the same time.
 
@@ -216,4 +217,4 @@ def native(
     """
     tokens = jnp.concatenate([noisy, *(t for t, _ in references)], axis=1)
     ids = np.concatenate([noisy_ids, *(i for _, i in references)], axis=0)
-    return branches(prompt, pooled, tokens, ids, time, guidance=guidance)
+    return branches(prompt, pooled, tokens, ids, time, guidance=guidance, adapter=adapter)

@@ -104,36 +104,65 @@ class Canvas:
     placement: Placement
 
 
-def target_canvas(image: Array, size: int) -> Canvas:
-    """The whole target picture, padded white, Lanczos: what the model learns to draw."""
-    placement = Placement.square(image.shape[0], image.shape[1], size)
+def target_canvas(image: Array, size: int, placement: Placement | None = None) -> Canvas:
+    """The target picture, padded white, Lanczos: what the model learns to draw.
+
+    ``placement`` places it (see ``target_placement``); by default the whole of it.
+    """
+    placement = placement or Placement.square(image.shape[0], image.shape[1], size)
     return Canvas(placement.apply(image, WHITE, "lanczos"), placement)
 
 
-def subject_canvas(image: Array, mask: Array, size: int) -> Canvas:
-    """The box round the subject, background kept, padded white, Lanczos.
+def target_placement(mask: Array, size: int, window: float) -> Placement:
+    """The whole picture of a bird's silhouette [H, W], or a square round the bird, ``window`` times its box.
 
     Raises UserError for an empty mask.
     """
-    placement = Placement.subject(mask, size)
+    return Placement.around(mask, size, window) if window else Placement.square(mask.shape[0], mask.shape[1], size)
+
+
+def repaint_canvas(mask: Array, placement: Placement) -> Array:
+    """The part to repaint [H, W] bool as placed on the canvas: [size, size] uint8, 1 is repainted.
+
+    Of a bird smaller than a pixel of the canvas every pixel that it touches.
+    """
+    white = mask.astype(np.uint8) * np.uint8(255)
+    inside = placement.apply(white, BLACK, "bilinear") > 127
+    if not inside.any():
+        inside = placement.apply(white.astype(np.float32), BLACK, "area") > 0
+    return inside.astype(np.uint8)
+
+
+def subject_canvas(image: Array, mask: Array, size: int, expansion: float = 1.0) -> Canvas:
+    """The box round the subject, background kept, padded white to ``expansion`` times its size, Lanczos.
+
+    Raises UserError for an empty mask.
+    """
+    placement = Placement.subject(mask, size, expansion)
     return Canvas(placement.apply(image, WHITE, "lanczos"), placement)
 
 
 def control_canvas(view: View, conditioning: Conditioning) -> Canvas:
     """The control ``conditioning.control`` of the target ``view``, on the same placement as the target itself.
 
+    A compact one is as much smaller as ``conditioning.compact`` says.
+
     Raises UserError for an unknown control, and for a view without what the control is made of.
     """
     control = find_control(conditioning.control)
     if control.needs is not None and getattr(view, control.needs) is None:
         raise UserError(f"control {conditioning.control}: the target has no {control.needs}, expected them with it")
-    placement = Placement.square(view.image.shape[0], view.image.shape[1], conditioning.size)
+    placement = Placement.square(view.image.shape[0], view.image.shape[1], conditioning.condition_size)
     return Canvas(placement.apply(control.draw(view, conditioning), control.fill, control.filter), placement)
 
 
-def latent_mask(mask: Array, size: int, factor: int = 8) -> Array:
-    """The target's foreground coverage of each latent, 0..255 uint8 [size / factor, size / factor]."""
-    placement = Placement.square(mask.shape[0], mask.shape[1], size // factor)
+def latent_mask(mask: Array, size: int, factor: int = 8, placement: Placement | None = None) -> Array:
+    """The target's foreground coverage of each latent, 0..255 uint8 [size / factor, size / factor].
+
+    ``placement`` is that of the target's canvas; by default of the whole picture.
+    """
+    placement = placement or Placement.square(mask.shape[0], mask.shape[1], size)
+    placement = dataclasses.replace(placement, size=size // factor)
     return placement.apply(mask.astype(np.uint8) * np.uint8(255), 0, "area")
 
 

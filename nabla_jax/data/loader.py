@@ -11,19 +11,20 @@ Pairs are drawn from the class index; nothing here imports jax.
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nabla_jax import draws
 from nabla_jax.data import pairs
 from nabla_jax.data.dataset import class_index
-from nabla_jax.data.pictures import CONTROL, Pictures
+from nabla_jax.data.pictures import CONTROL, REPAINT, Draw, Pictures
 from nabla_jax.data.records import RecordReader
 from nabla_jax.errors import UserError
 from nabla_jax.hashing import file_sha256
@@ -62,22 +63,28 @@ class Prepared:
     prompt_embeds: Array  # [captions, T, d] float32
     pooled: Array  # [captions, p] float32
 
-    @cached_property
+    @property
+    def ids(self) -> Sequence[str]:
+        """By picture, its id."""
+        ids: Sequence[str] = self.manifest["ids"]
+        return ids
+
+    @functools.cached_property
     def classes(self) -> dict[int, tuple[int, ...]]:
         """Class id -> positions of its pictures."""
         return class_index(self.manifest["class_ids"])
 
-    @cached_property
+    @functools.cached_property
     def taxonomy(self) -> dict[int, tuple[str, ...]]:
         """Class id -> names from the root to the leaf."""
         return {int(c): tuple(entry["taxonomy"]) for c, entry in self.manifest["classes"].items()}
 
-    @cached_property
+    @functools.cached_property
     def captions(self) -> tuple[int, ...]:
         """By picture, the row of its caption."""
         return tuple(self.manifest["captions"])
 
-    @cached_property
+    @functools.cached_property
     def _layout(self) -> tuple[list[int], list[int]]:
         shards = self.manifest["shards"]
         pictures = [0, *itertools.accumulate(s["pictures"] for s in shards)]
@@ -94,9 +101,10 @@ class Prepared:
             rows[position] = self._record(position, FEATURES)[FEATURES]
         return rows
 
-    def read(self, position: int, wanted: Sequence[str]) -> dict[str, Array]:
+    def read(self, position: int, wanted: Sequence[str], draw: Draw | None = None) -> dict[str, Array]:
         """The VAE moments [2C, h, w] float16 of each role in ``wanted``; ``mask`` [h, w] uint8 with the target.
 
+        What is stored was made once: nothing is drawn.
         Raises UserError naming the shard when it is damaged or is another shard than its name says.
         """
         found: dict[str, Array] = {}
@@ -212,8 +220,8 @@ def check_files(folder: str | os.PathLike[str], track: Callable[[Sequence[Any]],
 
 
 Source = Prepared | Pictures
-Encode = Callable[[Array], Array]
-"""[n, 3, S, S] uint8 -> VAE moments [n, 2C, h, w] float16."""
+Encode = Callable[[Sequence[Array]], Sequence[Array]]
+"""Pictures [3, S, S] uint8 -> VAE moments [2C, h, w] float16 of each; compact conditions have a smaller S."""
 
 
 class Loader(Iterator[Batch]):
@@ -261,6 +269,7 @@ def make_loader(
     control: str = "fill",
     levels: Sequence[str] = ("0 class",),
     similarity: float = 0.0,
+    per_class: int = 0,
     threads: int = 4,
     workers: int = 0,
     encode: Encode | None = None,
@@ -271,14 +280,19 @@ def make_loader(
     consecutive samples of the stream, so the stream does not depend on how many processes share a global
     batch. ``get_state`` / ``set_state`` save and restore the position, which counts batches.
 
+    With ``per_class`` pairs are drawn from so many pictures of each class, see ``pairs.few``.
+
     ``threads`` of this process read ahead, or ``workers`` processes instead where there are any. From ``Pictures``,
-    ``encode`` makes in this process the moments that a prepared folder stores.
+    ``encode`` makes in this process the moments that a prepared folder stores; for method insert there is none, since
+    the pictures of a pair are encoded together, later.
 
     A batch is a dict of numpy arrays: target, subject, control [B, 2C, h, w] float16 (VAE moments: mean, then
-    log variance), mask [B, h, w] float32 (the target's foreground coverage, 0..1), prompt_embeds [B, T, d],
-    pooled [B, p] float32 (read-only), sample [B] int64 (position in the stream), subject_index, target_index [B]
-    int64 (positions of the pictures), level [B] int64 (the finest of ``pairs.LEVELS`` that the two share), caption
-    [B] int64 (row of the target's caption).
+    log variance; of compact conditions fewer), mask [B, h, w] float32 (the target's foreground coverage, 0..1),
+    prompt_embeds [B, T, d], pooled [B, p] float32 (read-only), sample [B] int64 (position in the stream),
+    subject_index, target_index [B] int64 (positions of the pictures), level [B] int64 (the finest of
+    ``pairs.LEVELS`` that the two share), caption [B] int64 (row of the target's caption). For method insert: target,
+    subject [B, 3, S, S] uint8, and instead of the control repaint [B, S, S] uint8, 1 where the target is to be
+    repainted.
 
     Raises UserError for a damaged folder, an unknown sampler or control, or classes without two pictures.
     """
@@ -286,8 +300,9 @@ def make_loader(
     process, processes = shard
     if not 0 <= process < processes or batch < 1:
         raise ValueError(f"shard {shard} and batch {batch}: expected 0 <= i < n and a batch of at least 1")
-    if isinstance(source, Pictures) and encode is None:
-        raise ValueError("encode: found None, expected a function for pictures that are not prepared")
+    pixels = isinstance(source, Pictures) and source.conditioning.method == "insert"
+    if isinstance(source, Pictures) and (encode is None) != pixels:
+        raise ValueError("encode: expected a function for pictures that are not prepared, and none for method insert")
     if isinstance(source, Prepared) and CONTROL + control not in source.manifest["roles"]:
         made = ", ".join(r.removeprefix(CONTROL) for r in source.manifest["roles"] if r.startswith(CONTROL))
         raise UserError(f"{source.folder}: conditioning.control: found {control!r}, prepared are {made}")
@@ -298,10 +313,11 @@ def make_loader(
         features=source.features,
         similarity=similarity,
     )
-    draw = pairs.sampler(sampler, source.classes, options)
+    classes = pairs.few(source.classes, source.ids, per_class) if per_class else source.classes
+    draw = pairs.sampler(sampler, classes, options)
     # Text is added by this process: a worker need not load it, nor hand over megabytes that are all the same.
     bare = dataclasses.replace(source, prompt_embeds=source.prompt_embeds[:0], pooled=source.pooled[:0])
-    reading = Reading(bare, draw, seed, control)
+    reading = Reading(bare, draw, seed, (REPAINT, REPAINT) if pixels else ("control", CONTROL + control))
 
     def finish(read: Batch) -> Batch:
         moments = read if encode is None else _encoded(read, encode)
@@ -368,13 +384,14 @@ class Reading:
     source: Source
     draw: pairs.Sampler
     seed: int
-    control: str
+    spatial: tuple[str, str]  # name in a batch, and role, of what says where the bird is
 
     def __call__(self, number: int) -> Batch:
         """A sample of the stream, without text, in the source's dtype; see ``make_loader``."""
         pair = self.draw(self.seed, number)
-        control = CONTROL + self.control
-        target = self.source.read(pair.target, ("target", control))
+        draw = functools.partial(draws.generator, self.seed, number)
+        name, role = self.spatial
+        target = self.source.read(pair.target, ("target", role), draw)
         numbers = {
             "sample": number,
             "subject_index": pair.subject,
@@ -384,8 +401,8 @@ class Reading:
         }
         return {
             "target": target["target"],
-            "subject": self.source.read(pair.subject, ("subject",))["subject"],
-            "control": target[control],
+            "subject": self.source.read(pair.subject, ("subject",), draw)["subject"],
+            name: target[role],
             "mask": target["mask"].astype(np.float32) / 255,
             **{name: np.asarray(value, np.int64) for name, value in numbers.items()},
         }
@@ -403,9 +420,9 @@ def _mapped(path: Path, names: Sequence[str]) -> list[Array]:
 
 
 def _encoded(batch: Batch, encode: Encode) -> Batch:
-    names = ("target", "subject", "control")
-    moments = encode(np.concatenate([batch[name] for name in names]))
-    return batch | dict(zip(names, np.split(moments, len(names)), strict=True))
+    names, rows = ("target", "subject", "control"), len(batch["target"])
+    moments = encode([image for name in names for image in batch[name]])
+    return batch | {name: np.stack(moments[i * rows : (i + 1) * rows]) for i, name in enumerate(names)}
 
 
 def text_of(source: Source, rows: Array) -> Batch:

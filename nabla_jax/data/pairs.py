@@ -488,6 +488,17 @@ def sampler(name: str, classes: Mapping[int, Sequence[int]], options: Options = 
     return SAMPLERS[name](classes, options)
 
 
+def few(classes: Mapping[int, Sequence[int]], ids: Sequence[str], count: int) -> dict[int, tuple[int, ...]]:
+    """``count`` positions of each class, chosen by the pictures' ``ids``; all of a class that has no more.
+
+    The choice is fixed, does not depend on what else there is, and a smaller one is part of a larger one.
+    """
+    return {
+        c: tuple(sorted(sorted(members, key=lambda position: _fold(0, ids[position], "few"))[:count]))
+        for c, members in classes.items()
+    }
+
+
 def count_pairs(classes: Mapping[int, Sequence[int]]) -> int:
     """How many ordered pairs of different pictures of one class there are; none is made."""
     return sum(len(members) * (len(members) - 1) for members in classes.values())

@@ -73,6 +73,12 @@ def plumages(qualifier: str | None) -> tuple[Plumage, ...]:
     return tuple(found)
 
 
+def same_plumage(name: str, other: str) -> bool:
+    """Whether two leaves, of whatever species, are of one plumage: equal qualifiers, or a common alternative."""
+    mine, theirs = qualifier(name), qualifier(other)
+    return mine == theirs or bool(set(plumages(mine)) & set(plumages(theirs)))
+
+
 def agreed(alternatives: tuple[Plumage, ...], field: str) -> str | None:
     """The value of ``field`` that all alternatives share, or None: 'Female/juvenile' is of neither one sex nor age."""
     values = {getattr(plumage, field) for plumage in alternatives}

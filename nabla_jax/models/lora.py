@@ -26,7 +26,7 @@ FLUX_TARGETS = (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """One adapter: a tree of ``lora_A`` [.., r, in] and ``lora_B`` [.., out, r] (float32), and alpha / r."""
+    """One adapter: a tree of ``lora_A`` [.., r, in] and ``lora_B`` [.., out, r], and alpha / r."""
 
     params: Params
     scale: float = dataclasses.field(metadata={"static": True})
@@ -42,6 +42,31 @@ class Adapter:
         """The matrices for the linear at ``path``, or None when the adapter leaves it alone."""
         node = self.at(*path).params
         return LowRank(node["lora_A"], node["lora_B"], self.scale) if node else None
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        node = self.params
+        while "lora_A" not in node:
+            node = next(iter(node.values()))
+        return int(node["lora_A"].shape[-2])
+
+
+def add(first: Adapter, second: Adapter) -> Adapter:
+    """One adapter that does what both do together, in float32; ranks add up.
+
+    ``s B A + s' B' A' = [s B, s' B'] [A; A']``: nothing is rounded but the products of B and alpha / r, where that is
+    no power of two; the sum's own alpha / r is 1. Both have the same linears, in any dtypes.
+    """
+
+    def join(one: Params, other: Params) -> Params:
+        if "lora_A" not in one:
+            return {name: join(child, other[name]) for name, child in one.items()}
+        down = [node["lora_A"].astype(jnp.float32) for node in (one, other)]
+        up = [scale * node["lora_B"].astype(jnp.float32) for node, scale in ((one, first.scale), (other, second.scale))]
+        return {"lora_A": jnp.concatenate(down, axis=-2), "lora_B": jnp.concatenate(up, axis=-1)}
+
+    return Adapter(join(first.params, second.params), 1.0)
 
 
 Adapters = Mapping[str, Adapter]

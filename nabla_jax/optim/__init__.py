@@ -19,11 +19,11 @@ __all__ = [
 ]
 
 
-def make(config: Optim) -> optax.GradientTransformation:
+def make(config: Optim, dtype: str = "float32") -> optax.GradientTransformation:
     """The optimizer of a run: skip non-finite gradients, clip by global norm, then `config.name`.
 
     `prodigy` is the paper's: bias correction, safeguarded warm-up, decoupled weight decay. `update` needs
-    `params`.
+    `params`, which are of `dtype`, as is the state.
 
     Raises:
         UserError: an unknown name, or a number out of its range.
@@ -39,7 +39,9 @@ def make(config: Optim) -> optax.GradientTransformation:
             raise UserError(f"optim.{field}: {value!r} is out of range")
     first, second = config.betas
     if config.name == "prodigy":
-        inner = prodigy(config.lr, (first, second), initial_estimate=config.d0, weight_decay=config.weight_decay)
+        inner = prodigy(
+            config.lr, (first, second), initial_estimate=config.d0, weight_decay=config.weight_decay, dtype=dtype
+        )
     elif config.name == "adamw":
         inner = optax.adamw(config.lr, first, second, weight_decay=config.weight_decay)
     else:

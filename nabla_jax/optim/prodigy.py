@@ -8,15 +8,17 @@ estimate is near 1e-6 an update is a few units in the last place of a parameter,
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 
 class ProdigyState(NamedTuple):
-    """State of `prodigy`; all float32 but `steps`. Trees have the structure of the parameters."""
+    """State of `prodigy`; scalars are float32 but `steps`. Trees have the structure of the parameters."""
 
     steps: jax.Array  # int32, k: steps taken
     estimate: jax.Array  # d: the distance estimate, which scales the step
@@ -41,6 +43,7 @@ def prodigy(
     decoupled: bool = True,
     bias_correction: bool = True,
     safeguard_warmup: bool = True,
+    dtype: DTypeLike = jnp.float32,
 ) -> optax.GradientTransformation:
     """Algorithm 4 of the paper, with the options of its published implementation.
 
@@ -56,6 +59,7 @@ def prodigy(
         decoupled: decay the parameters themselves (AdamW) instead of adding to the gradient.
         bias_correction: Adam's correction of the first steps.
         safeguard_warmup: leave the learning rate out of the sum that divides the estimate.
+        dtype: that the state's trees are kept in. All arithmetic is float32; what is kept is rounded once a step.
 
     Returns:
         A transformation whose `update` needs `params`. When every gradient is zero, parameters and state stay
@@ -74,17 +78,16 @@ def prodigy(
             estimate=scalar(d0),
             largest=scalar(d0),
             numerator=scalar(0.0),
-            start=jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params),
-            first=_zeros(params),
-            second=_zeros(params),
-            denominator=_zeros(params),
+            start=jax.tree.map(lambda p: jnp.array(p, dtype, copy=True), params),
+            first=_zeros(params, dtype),
+            second=_zeros(params, dtype),
+            denominator=_zeros(params, dtype),
         )
 
     def update(updates: Any, state: ProdigyState, params: Any = None) -> tuple[Any, ProdigyState]:
         if params is None:
             raise ValueError("prodigy: update needs params")
-        exact = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-        gradient = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
+        exact, gradient, origin = _exact(params), _exact(updates), _exact(state.start)
         given = jnp.stack([jnp.any(g != 0) for g in jax.tree.leaves(gradient)]).any()
         if not decoupled:
             gradient = jax.tree.map(lambda g, p: g + weight_decay * p, gradient, exact)
@@ -95,14 +98,14 @@ def prodigy(
             rate *= jnp.sqrt(_one_minus_power(beta2, state.steps + 1)) / _one_minus_power(beta1, state.steps + 1)
         # d / d0 instead of d keeps the sums behind the estimate in float32's range while d is tiny.
         scale = d / d0
-        moved = jax.tree.map(lambda g, start, p: jnp.vdot(g, start - p), gradient, state.start, exact)
+        moved = jax.tree.map(lambda g, start, p: jnp.vdot(g, start - p), gradient, origin, exact)
         numerator = beta3 * state.numerator + scale * rate * _total(moved)
         pull = scale * (d if safeguard_warmup else rate)
 
-        first = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * d * g, state.first, gradient)
-        second = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * d * d * g * g, state.second, gradient)
-        denominator = jax.tree.map(lambda s, g: beta3 * s + pull * g, state.denominator, gradient)
-        norm = _total(jax.tree.map(lambda s: jnp.sum(jnp.abs(s)), denominator))
+        first = _kept(lambda m, g: beta1 * m + (1 - beta1) * d * g, state.first, gradient)
+        second = _kept(lambda v, g: beta2 * v + (1 - beta2) * d * d * g * g, state.second, gradient)
+        denominator = _kept(lambda s, g: beta3 * s + pull * g, state.denominator, gradient)
+        norm = _total(jax.tree.map(lambda s: jnp.sum(jnp.abs(s)), _exact(denominator)))
 
         usable = given & (norm > 0)
         candidate = estimate_factor * numerator / jnp.where(usable, norm, 1.0)
@@ -119,7 +122,7 @@ def prodigy(
 
         following = ProdigyState(state.steps + 1, estimate, largest, numerator, state.start, first, second, denominator)
         kept = jax.tree.map(lambda new, old: jnp.where(usable, new, old), following, state)
-        return jax.tree.map(move, exact, first, second), kept._replace(start=state.start)
+        return jax.tree.map(move, exact, _exact(first), _exact(second)), kept._replace(start=state.start)
 
     return optax.GradientTransformation(init, update)
 
@@ -133,8 +136,17 @@ def prodigy_estimate(state: Any) -> jax.Array | None:
     return next((leaf.estimate for leaf in leaves if isinstance(leaf, ProdigyState)), None)
 
 
-def _zeros(params: Any) -> Any:
-    return jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
+def _zeros(params: Any, dtype: DTypeLike) -> Any:
+    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype), params)
+
+
+def _exact(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def _kept(follow: Callable[[jax.Array, jax.Array], jax.Array], average: Any, gradient: Any) -> Any:
+    """An average that follows the gradient, computed in float32 and rounded to the dtype that it is kept in."""
+    return jax.tree.map(lambda x, g: follow(x.astype(jnp.float32), g).astype(x.dtype), average, gradient)
 
 
 def _total(tree: Any) -> jax.Array:

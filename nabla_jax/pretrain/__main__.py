@@ -1,6 +1,8 @@
 """Makes small checkpoints from nothing, in their published layouts.
 
     python -m nabla_jax.pretrain --config configs/toy_base.py     # pictures, autoencoder, latents, transformer
+    python -m nabla_jax.pretrain --config configs/toy_base.py:schnell  # the same architecture as FLUX.1-schnell's
+    python -m nabla_jax.pretrain --config configs/toy_base.py:fill     # FLUX.1-Fill and FLUX.1-Redux
     python -m nabla_jax.pretrain --config configs/toy_metrics.py  # DINOv2, SigLIP and LPIPS, which judge pictures
 
 Every part continues where it stopped; ``--seconds`` ends the transformer's training early with what it has.
@@ -16,13 +18,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nabla_jax import assets
 from nabla_jax import config as configs
 from nabla_jax.checkpoints import pipeline
 from nabla_jax.conditioning.text import embed
 from nabla_jax.models import layers
 from nabla_jax.models.autoencoder import AutoencoderKLConfig
 from nabla_jax.models.flux import FluxConfig
-from nabla_jax.pretrain import autoencoder, latents, metric_networks, pictures, text, transformer
+from nabla_jax.pretrain import autoencoder, fill_checkpoint, latents, metric_networks, pictures, text, transformer
+from nabla_jax.pretrain import start as first_weights
 from nabla_jax.runs import read_rows, run_main, write_atomic
 
 _HELD_OUT = 100
@@ -44,6 +48,9 @@ class PretrainConfig:
       autoencoder_model: its sizes; shift and scale are measured.
       transformer: how to train the transformer.
       transformer_model: its sizes.
+      pipeline: class of the pipeline to write.
+      start: pipeline folder to start from, which then gives autoencoder and tokenizers; empty: start from nothing.
+      state: name of the training's state and log in ``folder``.
       source: the configuration file, filled in when it is read.
     """
 
@@ -57,6 +64,9 @@ class PretrainConfig:
     autoencoder_model: AutoencoderKLConfig
     transformer: transformer.Settings
     transformer_model: FluxConfig
+    pipeline: str = "FluxKontextPipeline"
+    start: str = ""
+    state: str = "transformer"
     source: str = ""
 
 
@@ -93,22 +103,22 @@ def train_transformer(
     Without one it starts from the weights in the checkpoint folder ``start``, or from nothing.
     """
     folder, output = Path(config.folder), Path(config.output)
-    encoders = text.make_text_encoders(output, jax.random.key(config.transformer.seed))
+    if start is None:
+        encoders = text.make_text_encoders(output, jax.random.key(config.transformer.seed))
+    else:
+        encoders = first_weights.text_encoders(start)
     fresh = {"clip": encoders.clip.params, "t5": encoders.t5.params}
     given = None
     if start is not None:
-        loaded = pipeline.load_text_encoders(start)
-        given = {
-            "transformer": pipeline.load_transformer(start).params,
-            "text": {"clip": loaded.clip.params, "t5": loaded.t5.params},
-        }
+        scale = sum(config.transformer.guidance) / 2
+        given = {"transformer": first_weights.transformer(start, config.transformer_model, scale), "text": fresh}
 
     def encode_text(params: layers.Params, t5: jax.Array, clip: jax.Array) -> tuple[jax.Array, jax.Array]:
         return embed(encoders, params["clip"], params["t5"], clip, t5)
 
     state = transformer.train(
         config.transformer_model, fresh, encode_text, encoded, config.transformer,
-        checkpoint=folder / "transformer.safetensors", report=latents.report_to(folder / "transformer.jsonl"),
+        checkpoint=folder / f"{config.state}.safetensors", report=latents.report_to(folder / f"{config.state}.jsonl"),
         seconds=seconds, start=given,
     )  # fmt: skip
     return state, encoders
@@ -119,10 +129,20 @@ def model_card(config: PretrainConfig, quality: dict[str, float], reports: list[
     samples = steps * config.transformer.batch
     losses = reports[-1] if reports else {}
     drawn = config.pictures
+    published = "FLUX.1-Kontext" if config.transformer_model.guidance_embeds else "FLUX.1-schnell"
+    tasks = [
+        "caption to picture",
+        "another view of the same individual in the noisy stream",
+        "the same picture with rectangles blanked out",
+        "both at once (the second with rectangles blanked out or with a stranger's coat on the bird)",
+        "two views of the individual side by side, both made from noise",
+    ]
+    given = [task for task, share in zip(tasks, config.transformer.tasks, strict=True) if share]
     lines = [
         f"# {Path(config.output).name}",
         "",
-        "A small checkpoint in the layout and architecture of FLUX.1-Kontext, made from nothing by",
+        f"A small checkpoint in the layout and architecture of {published}, made from "
+        f"{f'`{config.start}`' if config.start else 'nothing'} by",
         f"`python -m nabla_jax.pretrain --config {config.source}`; Apache-2.0. It knows the birds of",
         f"`{config.pictures.world}` only.",
         "",
@@ -131,10 +151,9 @@ def model_card(config: PretrainConfig, quality: dict[str, float], reports: list[
         f"- Autoencoder: {config.autoencoder.steps} steps of {config.autoencoder.batch}; on individuals it never saw "
         f"{quality['psnr_bird']:.2f} dB PSNR inside the bird, {quality['psnr']:.2f} dB over the picture.",
         f"- Text encoders and transformer, trained together: {steps} steps of {config.transformer.batch} "
-        f"({samples:,} samples), seed {config.transformer.seed}. Tasks: caption to picture, another view of the same "
-        "individual in the noisy stream, the same picture with rectangles blanked out, and both at once (the second "
-        "with rectangles blanked out or with a stranger's coat on the bird). Never a silhouette, never a condition at "
-        "time 0.",
+        f"({samples:,} samples), seed {config.transformer.seed}. Tasks: {', '.join(given)}. "
+        + ("References lie beside the picture. " if config.transformer.beside else "")
+        + "Never a silhouette, never a condition at time 0.",
         "- Mean loss over the last steps: "
         + ", ".join(f"{k.removesuffix('_loss')} {v:.4f}" for k, v in sorted(losses.items()) if k.endswith("_loss"))
         + ".",
@@ -149,16 +168,13 @@ def write_checkpoint(
 ) -> None:
     """Writes the averaged weights in the published layout, bfloat16, with a model card."""
     output = Path(config.output)
-    reports = read_rows(Path(config.folder) / "transformer.jsonl")
+    reports = read_rows(Path(config.folder) / f"{config.state}.jsonl")
     write_atomic(output / "README.md", model_card(config, quality, reports, state.step))
     pipeline.save_part(output, "transformer", config.transformer_model, state.ema["transformer"], dtype=jnp.bfloat16)
-    kept = dataclasses.replace(
-        encoders,
-        clip=dataclasses.replace(encoders.clip, params=state.ema["text"]["clip"]),
-        t5=dataclasses.replace(encoders.t5, params=state.ema["text"]["t5"]),
-    )
+    kept = text.with_params(encoders, state.ema["text"])
     text.save_text_encoders(output, kept, dtype=jnp.bfloat16)
-    pipeline.write_index(output)
+    guided = config.transformer_model.guidance_embeds
+    pipeline.write_index(output, config.pipeline, None if guided else pipeline.SCHNELL)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -169,23 +185,32 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seconds", type=float, default=None, help="stop the transformer's training after this long")
     parser.add_argument("--start", type=Path, default=None, help="checkpoint folder whose weights to start from")
     args = parser.parse_args(argv)
-    if "families" in configs.read_values(args.config):
+    keys = configs.read_values(args.config)
+    if "families" in keys:
         networks = configs.load_as(metric_networks.MetricNetworksConfig, args.config)
         metric_networks.make(dataclasses.replace(networks, source=args.config), args.workers)
+        return
+    if "redux" in keys:
+        inpainting = configs.load_as(fill_checkpoint.FillConfig, args.config)
+        fill_checkpoint.make(dataclasses.replace(inpainting, source=args.config), args.workers, args.seconds)
         return
     config = dataclasses.replace(configs.load_as(PretrainConfig, args.config), source=args.config)
     world: Any = importlib.import_module(config.pictures.world)
     output = Path(config.output)
+    start = args.start or (assets.resolve(config.start) if config.start else None)
     drawn = pictures.render(config.pictures, Path(config.folder) / "pictures", args.workers)
+    if config.start:
+        first_weights.copy_shared(assets.resolve(config.start), output)
+    else:
+        text.write_tokenizers(output, world.CAPTION_WORDS)
     quality = make_autoencoder(config, drawn)
-    text.write_tokenizers(output, world.CAPTION_WORDS)
     vae = pipeline.load_vae(output)
     tokenizers = pipeline.load_tokenizers(output)
     encoded = latents.encode(
         drawn, vae, tokenizers, Path(config.folder) / "latents", size=config.size, prompt=config.prompt,
         text_length=config.text_length, clip_length=tokenizers.clip.model_max_length,
     )  # fmt: skip
-    state, encoders = train_transformer(config, encoded, args.seconds, args.start)
+    state, encoders = train_transformer(config, encoded, args.seconds, start)
     write_checkpoint(config, state, encoders, quality)
     print(f"{output}: {state.step} steps")
 

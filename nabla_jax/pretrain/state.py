@@ -118,8 +118,9 @@ def make_update(
 def fit(
     params: Any, tx: optax.GradientTransformation, update: Update, draw: Callable[[int], tuple[Any, ...]], *,
     steps: int, name: str, checkpoint: Path, report: Callable[[State, dict[str, float]], None], every: int,
+    seconds: float | None = None,
 ) -> State:  # fmt: skip
-    """Trains to ``steps``, continuing from ``checkpoint`` if it exists.
+    """Trains to ``steps`` (or for ``seconds``), continuing from ``checkpoint`` if it exists.
 
     Args:
       params: initial parameters; the buffers are given away.
@@ -131,6 +132,7 @@ def fit(
       checkpoint: file to continue from and to write every ``every`` steps.
       report: receives the state and {steps_per_second, and the metrics' means} every ``every`` steps.
       every: steps between reports.
+      seconds: wall-clock limit; the state is saved when it is reached.
 
     Raises:
       UserError: the checkpoint belongs to another model.
@@ -142,7 +144,7 @@ def fit(
         step, (params, ema, optimizer) = load_arrays(checkpoint, (state.params, state.ema, state.optimizer))
         state = State(step, params, ema, optimizer)
     gathered: list[dict[str, jax.Array]] = []
-    clock = time.monotonic()
+    begun = clock = time.monotonic()
     with runs.StopSignals() as stop, runs.progress(steps, name, done=state.step, unit="step") as bar:
         while state.step < steps:
             arrays = draw(state.step)
@@ -152,7 +154,8 @@ def fit(
             state.step += 1
             gathered.append(metrics)
             bar.update(1)
-            if state.step % every == 0 or state.step == steps or stop.signum is not None:
+            over = stop.signum is not None or (seconds is not None and time.monotonic() - begun > seconds)
+            if over or state.step % every == 0 or state.step == steps:
                 means = {k: float(np.mean([float(row[k]) for row in gathered])) for k in gathered[0]}
                 rate = len(gathered) / (time.monotonic() - clock)
                 save_arrays(checkpoint, state.step, (state.params, state.ema, state.optimizer))
@@ -160,4 +163,6 @@ def fit(
                 gathered, clock = [], time.monotonic()
             if stop.signum is not None:
                 raise runs.Interrupted(stop.signum, f"{checkpoint}: saved after step {state.step}")
+            if over:
+                break
     return state

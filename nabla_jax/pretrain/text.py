@@ -5,6 +5,7 @@ that any prompt can be tokenized and none turns into the end-of-text token.
 """
 
 import base64
+import dataclasses
 import json
 import os
 import re
@@ -77,6 +78,12 @@ def make_text_encoders(folder: str | os.PathLike[str], key: jax.Array) -> TextEn
         # T5 does not divide its scores by the root of the head width: its queries start that much smaller.
         t5=Component(t5_config, t5_graph, _scale(t5_params, r".*\.q\.weight", t5_config.d_kv**-0.5)),
     )
+
+
+def with_params(encoders: TextEncoders, params: layers.Params) -> TextEncoders:
+    """The encoders with other parameters: {"clip", "t5"}."""
+    clip, t5 = (dataclasses.replace(getattr(encoders, name), params=params[name]) for name in ("clip", "t5"))
+    return TextEncoders(clip=clip, t5=t5)
 
 
 def save_text_encoders(folder: str | os.PathLike[str], encoders: TextEncoders, dtype: Any = jnp.float32) -> None:

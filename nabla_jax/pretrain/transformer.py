@@ -1,4 +1,4 @@
-"""Trains a small FLUX.1-Kontext from scratch: captions and in-context pictures of fresh individuals.
+"""Trains a small FLUX.1-Kontext or FLUX.1-schnell: captions and in-context pictures of fresh individuals.
 
 Every step has one task for its whole batch, drawn from (seed, step):
 
@@ -7,6 +7,10 @@ Every step has one task for its whole batch, drawn from (seed, step):
 - ``edit``: the same picture with rectangles blanked out is in the stream.
 - ``compose``: two pictures are in the stream: another view (index 1) and, with index 2, the picture itself with either
   a stranger's coat on the bird or rectangles blanked out.
+- ``pair``: two views of one individual side by side, both made from noise.
+
+FLUX.1-schnell knows no second picture and takes no guidance: there pictures lie side by side, picture 1 to the left of
+the one being made and picture 2 to its right (``beside``).
 
 The text encoders train along. Every sample depends on (seed, step) alone, so a continued run equals an unbroken one.
 """
@@ -31,7 +35,7 @@ from nabla_jax.models.flux import Flux, FluxConfig
 from nabla_jax.models.layers import Params
 from nabla_jax.pretrain.state import load_arrays, muon, save_arrays
 
-TASKS = ("caption", "reference", "edit", "compose")
+TASKS = ("caption", "reference", "edit", "compose", "pair")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +50,12 @@ class Settings:
       decay: share of the steps, at the end, over which the learning rate falls linearly to zero.
       ema: decay of the averaged weights, which are the ones kept.
       tasks: share of steps per task, in the order of ``TASKS``.
+      beside: whether pictures lie side by side instead of having indices.
       curriculum: share of the steps during which references are aligned copies with falling probability.
       fixed_caption: share of samples whose caption is the plain one that tells nothing of the plumage.
       bird_weight: weight of tokens that show the bird against background tokens.
       disguised: share of the second pictures of ``compose`` that show the bird in a stranger's coat.
-      guidance: range of the guidance scales drawn.
+      guidance: range of the guidance scales drawn; unused by transformers without guidance embedding.
       time_mean: mean of the logit of the times; above 0 there is more noise than in FLUX's own training. A reference
         is of use while the noise hides the bird: small pictures show it sooner than large ones.
       seed: of every random draw.
@@ -62,7 +67,8 @@ class Settings:
     warmup: int = 200
     decay: float = 0.3
     ema: float = 0.999
-    tasks: tuple[float, float, float, float] = (0.1, 0.25, 0.15, 0.5)
+    tasks: tuple[float, float, float, float, float] = (0.1, 0.25, 0.15, 0.5, 0.0)
+    beside: bool = False
     curriculum: float = 0.15
     fixed_caption: float = 0.5
     bird_weight: float = 3.0
@@ -135,20 +141,29 @@ def silence(params: Params) -> Params:
     return params
 
 
+def block_matrices(params: Params) -> Any:
+    """Which leaves are matrices of blocks, except modulations: for ``state.muon``."""
+
+    def spec(path: tuple[Any, ...], leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        names = [key.key for key in path]
+        # Modulations are looked up by time, not multiplied by features of a token: AdamW suits them better.
+        if leaf.ndim != 3 or "linear" in names or not names[1].endswith("transformer_blocks"):
+            return None
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=2, output_axis=1)
+
+    return jax.tree_util.tree_map_with_path(spec, params)
+
+
 def optimizer(settings: Settings) -> optax.GradientTransformation:
     """See ``state.muon``, which here updates the matrices of blocks, except modulations."""
+    return muon(settings.learning_rate, settings.steps, settings.warmup, settings.decay, 0.01, block_matrices)
 
-    def dimensions(params: Params) -> Any:
-        def spec(path: tuple[Any, ...], leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-            names = [key.key for key in path]
-            # Modulations are looked up by time, not multiplied by features of a token: AdamW suits them better.
-            if leaf.ndim != 3 or "linear" in names or not names[1].endswith("transformer_blocks"):
-                return None
-            return optax.contrib.MuonDimensionNumbers(reduction_axis=2, output_axis=1)
 
-        return jax.tree_util.tree_map_with_path(spec, params)
-
-    return muon(settings.learning_rate, settings.steps, settings.warmup, settings.decay, 0.01, dimensions)
+def positions(grid: tuple[int, int], picture: int, beside: bool) -> np.ndarray:
+    """Positions [N, 3] of a picture on a grid of tokens: 0 is the one being made, 1 and 2 are shown."""
+    if not beside:
+        return omini.grid_ids(*grid, index=picture)
+    return omini.grid_ids(*grid, offset=(0, (0, -1, 1)[picture] * grid[1]))
 
 
 def blank_rectangles(key: jax.Array, latents: jax.Array, blank: jax.Array) -> jax.Array:
@@ -180,7 +195,8 @@ def loss(
       graphdef: the transformer's graph.
       params: {"transformer", "text"}.
       encode_text: (text parameters, T5 ids, CLIP ids) -> (prompt [B, T, E], pooled [B, P]).
-      batch: target, reference, disguise [B, C, h, w]; blank [C, h, w]; cover [B, h/2 * w/2]; t5, clip ids.
+      batch: target, reference, disguise [B, C, h, w]; blank [C, h, w]; cover [B, N] of the N tokens that are made; t5,
+        clip ids.
       key: PRNG key of the step.
       task: one of ``TASKS``.
       settings: weights and ranges.
@@ -191,7 +207,11 @@ def loss(
     noise_key, time_key, guidance_key, hole_key, disguise_key = jax.random.split(key, 5)
     target = batch["target"].astype(jnp.float32)
     b, _, h, w = target.shape
-    x0 = pack(target)
+    grid = (h // 2, w // 2)
+    x0, ids = pack(target), positions(grid, 0, settings.beside)
+    if task == "pair":
+        x0 = jnp.concatenate([x0, pack(batch["reference"].astype(jnp.float32))], axis=1)
+        ids = np.concatenate([ids, positions(grid, 1, settings.beside)])
     x1 = jax.random.normal(noise_key, x0.shape)
     t = logit_normal_time(time_key, (b,), mean=settings.time_mean)
     xt = interpolate(x0, x1, t)
@@ -206,10 +226,9 @@ def loss(
             disguised = jax.random.bernoulli(disguise_key, settings.disguised, (b, 1, 1, 1))
             blanked = jnp.where(disguised, batch["disguise"].astype(jnp.float32), blanked)
         pictures.append(blanked)
-    references = [(pack(p), omini.grid_ids(h // 2, w // 2, index=i)) for i, p in enumerate(pictures, start=1)]
-    branches = omini.native(
-        prompt, pooled, xt, omini.grid_ids(h // 2, w // 2), t, guidance=guidance, references=references
-    )
+    references = [(pack(p), positions(grid, i, settings.beside)) for i, p in enumerate(pictures, start=1)]
+    guided = "guidance_embedder" in params["transformer"]["time_text_embed"]
+    branches = omini.native(prompt, pooled, xt, ids, t, guidance=guidance if guided else None, references=references)
     predicted = layers.bind(graphdef, params["transformer"])(branches)[:, : x0.shape[1]]
     error = jnp.mean((predicted - velocity(x0, x1)) ** 2, axis=-1)
     weight = 1 + (settings.bird_weight - 1) * batch["cover"]
@@ -230,13 +249,17 @@ def draw_batch(latents: Latents, step: int, settings: Settings) -> tuple[str, di
     same = rng.random(settings.batch) < max(0.0, 1.0 - ramp) * 0.8
     other = np.where(same, view, 1 - view)
     cropped = rng.random(settings.batch) < np.where(same, 0.5, 0.75)
+    cover = latents.cover[index, view].reshape(settings.batch, -1)
+    if task == "pair":
+        other, cropped = 1 - view, np.zeros_like(cropped)
+        cover = np.concatenate([cover, latents.cover[index, other].reshape(settings.batch, -1)], axis=1)
     reference = np.where(cropped[:, None, None, None], latents.crop[index, other], latents.whole[index, other])
     plain = rng.random(settings.batch) < (0.05 if task == "caption" else settings.fixed_caption)
     return task, {
         "target": latents.whole[index, view],
         "reference": reference,
         "disguise": latents.disguise[index],
-        "cover": latents.cover[index, view].reshape(settings.batch, -1).astype(np.float32) / 255,
+        "cover": cover.astype(np.float32) / 255,
         "t5": np.where(plain[:, None], latents.plain_t5, latents.t5[index, view]),
         "clip": np.where(plain[:, None], latents.plain_clip, latents.clip[index, view]),
     }

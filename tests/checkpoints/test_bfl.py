@@ -24,6 +24,7 @@ from nabla_jax.errors import UserError
 from nabla_jax.models import autoencoder, flux, layers
 from nabla_jax.models.flux import FluxConfig
 from tests.checkpoints.pipeline_folder import write_pipeline
+from tests.fixtures import fake_devices
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +259,7 @@ for sharding in (spread(1, ("a", "b")), spread(2, ("b", "a"))):
     jax.tree.map(np.testing.assert_array_equal, parts, whole)
 print(len(jax.devices()), "devices")
 """
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": fake_devices(8), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", program, str(folder), str(single)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

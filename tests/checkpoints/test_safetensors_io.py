@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from nabla_jax.checkpoints import safetensors_io as io
 from nabla_jax.errors import UserError
+from tests.fixtures import fake_devices
 
 STACKED = ("blocks",)
 
@@ -249,7 +250,7 @@ for first, second in ((P("a", None, "b"), P("a")), (P(None, "a"), P(("a", "b")))
 print(len(jax.devices()), "devices")
 """
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": fake_devices(8),
         "JAX_PLATFORMS": "cpu",
     }
     command = [sys.executable, "-c", program, str(tmp_path)]

@@ -225,6 +225,33 @@ def test_paste_changes_the_box_only() -> None:
     np.testing.assert_array_equal(result, picture)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 12), st.data())
+def test_a_feathered_seam_is_continuous_and_keeps_what_it_must(feather: int, data: st.DataObject) -> None:
+    """White pasted into black: the grey is the share of the new picture."""
+    height, width = 40, 50
+    top, left = data.draw(st.integers(0, 10)), data.draw(st.integers(0, 10))
+    bottom, right = data.draw(st.integers(25, height)), data.draw(st.integers(25, width))
+    keep = np.zeros((height, width), bool)
+    keep[data.draw(st.integers(top, 14)) : 20, data.draw(st.integers(left, 14)) : 20] = True
+    placement = Placement.crop(height, width, (top, left, bottom, right), 64)
+    found = placement.paste(np.full((64, 64), 1.0), np.zeros((height, width)), feather, keep)
+    outside = np.ones((height, width), bool)
+    outside[top:bottom, left:right] = False
+    assert not found[outside].any()
+    np.testing.assert_array_equal(found[keep], 1)
+    # Towards the picture's own border nothing fades; elsewhere in equal steps, fewer where there is less room.
+    rows, columns = np.flatnonzero(keep.any(axis=1)), np.flatnonzero(keep.any(axis=0))
+    room = (rows[0] - top, bottom - 1 - rows[-1], columns[0] - left, right - 1 - columns[-1])
+    border = (top == 0, bottom == height, left == 0, right == width)
+    middle = (found[:, columns[0]], found[::-1, columns[0]], found[rows[0]], found[rows[0], ::-1])
+    start = (top, height - bottom, left, width - right)
+    for line, first, space, at_border in zip(middle, start, room, border, strict=True):
+        steps = 0 if at_border else min(feather, space)
+        ramp = np.minimum(np.arange(1, 8) / (steps + 1), 1)
+        np.testing.assert_allclose(line[first : first + 7], ramp, rtol=0, atol=1e-12)
+
+
 def test_json_round_trip_and_its_errors() -> None:
     placement = Placement.crop(40, 50, (5, 10, 25, 42), 64)
     assert Placement.from_json(json.loads(json.dumps(placement.to_json()))) == placement

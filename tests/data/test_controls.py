@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nabla_jax.conditioning.geometry import Placement
 from nabla_jax.config import Conditioning
 from nabla_jax.data import controls, skeleton
 from nabla_jax.errors import UserError
@@ -225,3 +226,11 @@ def test_keypoints_from_a_file(tmp_path: Path) -> None:
             controls.read_keypoints(path, 40, 40)
     with pytest.raises(UserError, match="cannot be read"):
         controls.read_keypoints(tmp_path / "none.txt", 40, 40)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (77, 301), (511, 511)])
+def test_a_bird_smaller_than_a_pixel_is_still_repainted(place: tuple[int, int]):
+    mask = np.zeros((512, 512), bool)
+    mask[place] = True
+    found = controls.repaint_canvas(mask, Placement.square(512, 512, 48))
+    assert list(zip(*np.nonzero(found), strict=True)) == [tuple(at * 48 // 512 for at in place)]

@@ -58,7 +58,7 @@ def write_prepared(folder: Path, made: str = "settings a") -> Path:
     manifest = {
         "schema": 2, "made": made, "roles": ROLES, "features": 6, "moments": [4, 2, 2], "shards": shards,
         "text": {"file": "text.safetensors"} | measured(folder / "text.safetensors"),
-        "class_ids": CLASS_IDS, "captions": CAPTIONS,
+        "ids": [f"bird-{i}" for i in range(8)], "class_ids": CLASS_IDS, "captions": CAPTIONS,
         "classes": {str(c): {"taxonomy": path} for c, path in TAXONOMY.items()},
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -138,6 +138,16 @@ def test_the_level_sampler_reads_the_taxonomy_and_its_step(folder: Path) -> None
     halves = [make_loader(folder, "level", 2, 1, (i, 2), levels=("0 self", "2 family", "4 class")) for i in (0, 1)]
     joined = [np.concatenate([a["level"], b["level"]]) for a, b in zip(*(take(h, 6) for h in halves), strict=True)]
     np.testing.assert_array_equal(joined, [b["level"] for b in batches])
+
+
+@pytest.mark.parametrize(("sampler", "count"), [("all_pairs", 2), ("image_uniform", 3), ("level", 1)])
+def test_pairs_are_drawn_from_so_many_pictures_of_a_class(sampler: str, count: int, folder: Path) -> None:
+    allowed = pairs.few({5: (0, 1, 3), 9: (2, 4, 5, 6), 12: (7,)}, [f"bird-{i}" for i in range(8)], count)
+    loader = make_loader(folder, sampler, 64, seed=1, levels=("0 self=2 family=1",), per_class=count)
+    batch = next(loader)
+    drawn = {int(i) for name in ("subject_index", "target_index") for i in batch[name]}
+    lonely = () if sampler == "level" else allowed[12]  # a class of one picture has no pair but with itself
+    assert drawn == {i for members in allowed.values() for i in members} - set(lonely)
 
 
 def test_mined_pairs_are_alike_by_the_stored_features(folder: Path) -> None:

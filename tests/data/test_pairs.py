@@ -327,6 +327,20 @@ def test_the_real_number_of_pairs_needs_no_list() -> None:
     assert np.mean(np.array(classes) < 300) == pytest.approx(large, abs=0.015)
 
 
+def test_few_pictures_of_a_class_are_nested_fixed_and_independent_of_the_others() -> None:
+    ids = [f"bird-{i}" for i in range(12)]
+    chosen = {count: pairs.few(CLASSES, ids, count) for count in range(1, 8)}
+    for count, found in chosen.items():
+        assert {c: len(members) for c, members in found.items()} == {c: min(count, len(m)) for c, m in CLASSES.items()}
+        assert all(set(members) <= set(CLASSES[c]) and list(members) == sorted(members) for c, members in found.items())
+        assert count == 1 or all(set(chosen[count - 1][c]) <= set(members) for c, members in found.items())
+    # Another order, other classes beside it and other positions choose the same pictures.
+    order = np.random.default_rng(0).permutation(12)
+    again = pairs.few({11: tuple(int(np.flatnonzero(order == i)[0]) for i in CLASSES[11])}, [ids[i] for i in order], 3)
+    assert {int(order[position]) for position in again[11]} == set(chosen[3][11])
+    assert len({pairs.few({0: range(12)}, [f"{k} {i}" for i in range(12)], 1)[0] for k in range(40)}) > 8
+
+
 def test_samplers_refuse_what_they_cannot_do() -> None:
     with pytest.raises(UserError, match="found 1 classes, none with two pictures"):
         pairs.sampler("all_pairs", {0: (3,)})

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nabla_jax import api, flow
+from nabla_jax import api, flow, reposing
 from nabla_jax.checkpoints.adapters import load_adapter
 from nabla_jax.checkpoints.safetensors_io import load_tree
 from nabla_jax.checkpoints.transformers_folder import REDUX
@@ -65,17 +65,35 @@ def streams(data, grid, name: str | None, mask=None):
     )
 
 
-def loss_and_gradients(model, branches, x0, x1):
-    """((loss, velocity), gradients) under the reference's frequencies."""
+def method_of(graphdef, name: str | None = "default") -> reposing.Method:
+    """Method insert on the golden transformer."""
+    return reposing.Method(graphdef, AutoencoderKLConfig(), name, False, True, name="insert")
+
+
+def arguments(data, name: str | None = "default", mask=None):
+    """(what is shown, text) of a set of inputs for ``reposing.predict``; ``mask`` instead of the stored one."""
+    masked = data["src_latents"] if "src_latents" in data else data["src_tokens"]
+    stored = data["mask_latents"] if "mask_latents" in data else data["mask_tokens"]
+    shown = diptych.Masked(masked, (stored if mask is None else mask).astype(np.float32), name)
+    return shown, (data["prompt_embeds"], data["pooled"])
+
+
+def loss_and_gradients(model, data, grid, x0, x1, mask=None):
+    """((loss, velocity), gradients) of the training step under the reference's frequencies."""
     graphdef, params, adapters = model
+    method, (shown, text) = method_of(graphdef), arguments(data, mask=mask)
 
     @jax.jit
     def run(trees):
         def loss(trees):
-            found = layers.bind(graphdef, params)(branches, adapters=trees)
-            return flow.velocity_loss(found, x0, x1), found
+            return reposing.path_loss(
+                method, params, trees, (x0, x1), data["t"], shown, text, data["guidance"], grid
+            )  # fmt: skip
 
-        return jax.value_and_grad(loss, has_aux=True)(trees)
+        noisy = flow.interpolate(x0, x1, data["t"])
+        found = reposing.predict(method, params, trees, noisy, data["t"], shown, text, data["guidance"], grid)
+        value, gradients = jax.value_and_grad(loss)(trees)
+        return (value, found), gradients
 
     with flux_golden.reference_frequencies():
         return run(adapters)
@@ -95,7 +113,7 @@ def test_forward(case, model) -> None:
     np.testing.assert_array_equal(pooled, np.zeros_like(data["pooled"]))
     branches = streams(data, case.config["grid"], "default")
     np.testing.assert_array_equal(branches[0].ids, data["txt_ids"])
-    (loss, found), gradient = loss_and_gradients(model, branches, data["x0"], data["x1"])
+    (loss, found), gradient = loss_and_gradients(model, data, case.config["grid"], data["x0"], data["x1"])
     np.testing.assert_allclose(found, data["output"], rtol=0, atol=flux_golden.TIGHT)
     np.testing.assert_allclose(loss, data["loss"], rtol=3e-6)
     np.testing.assert_allclose(loss, case.scalar("loss"), rtol=3e-6)
@@ -109,8 +127,12 @@ def test_without_the_adapter_and_with_own_frequencies(case, model) -> None:
     graphdef, params, adapters = model
     data = case.tensors("forward")
     for name, stored in ((None, "output_no_lora"), ("default", "output")):
-        branches = streams(data, case.config["grid"], name)
-        found = jax.jit(lambda a, b=branches: layers.bind(graphdef, params)(b, adapters=a))(adapters)
+        method, (shown, text) = method_of(graphdef, name), arguments(data, name)
+        found = jax.jit(
+            lambda a, m=method, s=shown, t=text: reposing.predict(
+                m, params, a, data["x_t"], data["t"], s, t, data["guidance"], case.config["grid"]
+            )
+        )(adapters)
         tolerance = flux_golden.atol(data["guidance"])
         np.testing.assert_allclose(found, data[stored], rtol=0, atol=tolerance)
 
@@ -130,10 +152,11 @@ def test_training_step(case, model, source: str) -> None:
     mask = diptych.fold_mask(jnp.asarray(own["mask_u8"][:, 0], jnp.float32) / 255)
     np.testing.assert_array_equal(mask, own["mask_tokens"])
     grid = tuple(n // 16 for n in own["mask_u8"].shape[-2:])
-    branches = streams({**shared, "mask_tokens": own["mask_tokens"]}, grid, "default", mask)
+    inputs = {**shared, "mask_tokens": own["mask_tokens"]}
+    branches = streams(inputs, grid, "default", mask)
     np.testing.assert_array_equal(branches[0].ids, case.tensor("train_step_mask", "txt_ids"))
     np.testing.assert_array_equal(branches[1].ids, case.tensor("train_step_mask", "img_ids"))
-    (loss, found), gradient = loss_and_gradients(model, branches, shared["x_0"], shared["x_1"])
+    (loss, found), gradient = loss_and_gradients(model, inputs, grid, shared["x_0"], shared["x_1"], mask)
     np.testing.assert_allclose(found, own["pred"], rtol=0, atol=flux_golden.TIGHT)
     np.testing.assert_allclose(loss, own["loss"], rtol=3e-6)
     np.testing.assert_allclose(loss, case.scalar(f"train_step_{source}.loss"), rtol=3e-6)
@@ -158,11 +181,12 @@ def test_training_step_from_pixels_to_latents(case, training_vae) -> None:
     data = {name: case.tensor("train_step_mask", name) for name in ("result_u8", "src_u8", "mask_u8", "ref_u8")}
     result, source = (jnp.asarray(data[name], jnp.float32) / 127.5 - 1 for name in ("result_u8", "src_u8"))
     mask = jnp.asarray(data["mask_u8"][:, 0], jnp.float32) / 255
-    np.testing.assert_array_equal(diptych.hide(result, mask, hole=-1.0), source)
     width = data["ref_u8"].shape[-1]
-    np.testing.assert_array_equal(
-        diptych.side_by_side(data["ref_u8"], data["result_u8"][..., width:]), data["result_u8"]
-    )
+    reference = jnp.asarray(data["ref_u8"], jnp.float32) / 127.5 - 1
+    whole, masked, folded = diptych.pictures(reference, result[..., width:], mask[..., width:], hole=-1.0)
+    np.testing.assert_array_equal(masked, source)
+    np.testing.assert_array_equal(whole, result)
+    np.testing.assert_array_equal(folded, mask)
     assert result.shape[-1] > training_vae[0].sample_size  # or nothing would be in tiles
     for pictures, noise, expected in ((result, "vae_eps_result", "x_0"), (source, "vae_eps_src", "src_tokens")):
         found = latent_tokens(training_vae, pictures, case.tensor("train_step_mask", noise))
@@ -236,8 +260,12 @@ def test_every_step(sampling, vae) -> None:
             adapter="default",
         )  # fmt: skip
 
+    method, shown = method_of(graphdef), diptych.Masked(masked, mask, "default")
+
     def velocity(latents: jax.Array, sigma: jax.Array) -> jax.Array:
-        return layers.bind(graphdef, params)(branches(latents, sigma), adapters=adapters)
+        text, scale = (data["prompt_embeds"], data["pooled"]), sampling.config["guidance_scale"]
+        time = jnp.full(batch, sigma)
+        return reposing.predict(method, params, adapters, latents, time, shown, text, scale, grid)
 
     text, picture = branches(data["latents"], sigmas[0])
     np.testing.assert_array_equal(text.ids, data["txt_ids"])

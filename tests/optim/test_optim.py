@@ -195,6 +195,47 @@ def test_state_is_float32_whatever_the_parameters_are() -> None:
     assert dtypes == {jnp.dtype("float32"), jnp.dtype("int32")}
 
 
+def test_a_bfloat16_state_follows_the_published_optimizer_in_bfloat16() -> None:
+    """Parameters, gradients and state of eight bits, as the reference system trains."""
+    low, gradients = _low(_params()), [_low(gradient) for gradient in _gradients(20)]
+    ours, state = _run(prodigy(initial_estimate=1e-2, weight_decay=0.01, dtype=jnp.bfloat16), low, gradients)
+    assert {
+        leaf.dtype for leaf in jax.tree.leaves((ours, state.start, state.first, state.second, state.denominator))
+    } == {jnp.dtype("bfloat16")}
+    tensors = [torch.nn.Parameter(_tensor(leaf)) for leaf in jax.tree.leaves(low)]
+    settings = {"use_bias_correction": True, "safeguard_warmup": True, "weight_decay": 0.01, "d0": 1e-2}
+    stepper = prodigyopt.Prodigy(tensors, **settings)
+    for gradient in gradients:
+        for tensor, leaf in zip(tensors, jax.tree.leaves(gradient), strict=True):
+            tensor.grad = _tensor(leaf)
+        stepper.step()
+    np.testing.assert_allclose(state.estimate, stepper.param_groups[0]["d"], rtol=0.05)
+    for found, tensor, before in zip(jax.tree.leaves(ours), tensors, jax.tree.leaves(low), strict=True):
+        moved = np.abs(np.asarray(found, np.float32) - np.asarray(before, np.float32)).max()
+        np.testing.assert_allclose(
+            np.asarray(found, np.float32), tensor.detach().float().numpy(), rtol=0, atol=0.1 * moved
+        )
+
+
+def test_bfloat16_parameters_that_do_not_begin_at_zero_never_move_at_first() -> None:
+    """Why float32 is the default: a step of d0 is lost in them, and the estimate grows from movement alone."""
+    for dtype, moves in ((jnp.bfloat16, False), (jnp.float32, True)):
+        params = jax.tree.map(lambda p, d=dtype: p.astype(d), _params())
+        after, state = _run(prodigy(dtype=dtype), params, _gradients(50))
+        assert (state.estimate > 2e-6) == moves
+        assert (
+            any(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (after, params)), strict=True)) == moves
+        )
+
+
+def _low(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
+
+
+def _tensor(leaf: jax.Array) -> torch.Tensor:
+    return torch.tensor(np.asarray(leaf, np.float32)).to(torch.bfloat16)
+
+
 def test_adding_the_update_gives_two_roundings() -> None:
     """Decay, then step, each rounded to float32: what the published in-place code does."""
     params = {"w": jax.random.normal(jax.random.key(0), (1000,))}

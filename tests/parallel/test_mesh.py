@@ -14,6 +14,7 @@ import pytest
 from nabla_jax.errors import UserError
 from nabla_jax.parallel import mesh as meshes
 from nabla_jax.parallel import processes
+from tests.fixtures import fake_devices
 
 PROGRAM = """
 import json
@@ -41,7 +42,7 @@ print(json.dumps({
 
 
 def _start(devices: int, settings: dict[str, str]) -> subprocess.Popen[str]:
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | settings
+    environment = os.environ | {"XLA_FLAGS": fake_devices(devices)} | settings
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM],
         env=environment,
