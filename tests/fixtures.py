@@ -129,6 +129,23 @@ def write_small_world(folder: Path, seed: int = 0, images: int = 144) -> Path:
     return folder
 
 
+def picture(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A random picture and the mask of a box in it."""
+    mask = np.zeros((height, width), bool)
+    mask[height // 4 : height // 2, width // 3 : width // 2 + 1] = True
+    return _noise(height, width, seed), mask
+
+
+def oval_picture(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A random picture and the mask of an ellipse in it."""
+    y, x = np.mgrid[:height, :width]
+    return _noise(height, width, seed), ((y / height - 0.5) / 0.2) ** 2 + ((x / width - 0.4) / 0.15) ** 2 < 1
+
+
+def _noise(height: int, width: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
 def values(root: Path, **overrides: Any) -> dict[str, Any]:
     """The values of a configuration for ``root/base`` and ``root/world``; dotted overrides with __ for the dot."""
     config = {

@@ -20,6 +20,7 @@ from nabla_jax.errors import UserError
 from nabla_jax.models import flux
 from nabla_jax.models.lora import Adapter
 from tests import fixtures
+from tests.fixtures import picture
 
 CONDITIONING = Conditioning(size=fixtures.SIZE, text_length=8)
 
@@ -36,14 +37,6 @@ def untuned() -> api.Reposer:
 @functools.cache
 def tuned() -> api.Reposer:
     return nabla_jax.load(base(), fixtures.trained_run())
-
-
-def picture(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A random picture and the mask of a box in it."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    mask = np.zeros((height, width), bool)
-    mask[height // 4 : height // 2, width // 3 : width // 2 + 1] = True
-    return pixels, mask
 
 
 @pytest.mark.parametrize(

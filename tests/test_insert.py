@@ -26,6 +26,7 @@ from nabla_jax.models import flux, layers
 from nabla_jax.models.flux import Branch
 from nabla_jax.parallel import mesh as meshes
 from tests import fixtures
+from tests.fixtures import oval_picture
 
 SIZE = fixtures.SIZE
 SETTINGS = Sample(steps=2, seed=5, window=2.4, feather=2)
@@ -57,13 +58,6 @@ def opened() -> tuple[training.Input, reposing.Method, layers.Params]:
 @functools.cache
 def tuned() -> api.Reposer:
     return nabla_jax.load(fixtures.insert_root() / "fill", fixtures.insert_root() / "insert")
-
-
-def picture(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A random picture and the mask of an ellipse in it."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    y, x = np.mgrid[:height, :width]
-    return pixels, ((y / height - 0.5) / 0.2) ** 2 + ((x / width - 0.4) / 0.15) ** 2 < 1
 
 
 # ------------------------------------------------------------------------------------------------- the method
@@ -256,7 +250,7 @@ def test_training_draws_every_policy_and_the_whole_range_of_borders() -> None:
 
 
 def test_nothing_outside_the_window_changes_and_the_seam_is_continuous() -> None:
-    (a, a_mask), (b, b_mask) = picture(40, 60, 0), picture(70, 90, 1)
+    (a, a_mask), (b, b_mask) = oval_picture(40, 60, 0), oval_picture(70, 90, 1)
     job = api.Job("x", a, a_mask, b, b_mask)
     sample = dataclasses.replace(SETTINGS, batch=1, window=1.5, feather=3)
     image, placement = tuned().repose_batch([job], sample)[0]
@@ -281,7 +275,7 @@ def test_nothing_outside_the_window_changes_and_the_seam_is_continuous() -> None
 
 
 def test_the_key_the_subject_and_every_setting_matter() -> None:
-    (a, a_mask), (b, b_mask), (c, c_mask) = picture(40, 60, 0), picture(70, 90, 1), picture(40, 60, 2)
+    (a, a_mask), (b, b_mask), (c, c_mask) = oval_picture(40, 60, 0), oval_picture(70, 90, 1), oval_picture(40, 60, 2)
     base = api.Job("x", a, a_mask, b, b_mask)
     jobs = [base, dataclasses.replace(base, key="y"), dataclasses.replace(base, subject=c, subject_mask=c_mask)]
     sample = dataclasses.replace(SETTINGS, batch=3)

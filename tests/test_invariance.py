@@ -21,6 +21,7 @@ from nabla_jax.data.pairs import Pair
 from nabla_jax.errors import UserError
 from nabla_jax.parallel import processes
 from tests import fixtures
+from tests.fixtures import oval_picture
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("omini", "schnell", "insert")
@@ -66,15 +67,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     return found
 
 
-def picture(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A random picture and the mask of an ellipse in it."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    y, x = np.mgrid[:height, :width]
-    return pixels, ((y / height - 0.5) / 0.2) ** 2 + ((x / width - 0.4) / 0.15) ** 2 < 1
-
-
 def jobs() -> list[api.Job]:
-    return [api.Job(f"pair {i}", *picture(40 + i, 60, i), *picture(30, 50 - i, 10 + i)) for i in range(DEVICES)]
+    return [
+        api.Job(f"pair {i}", *oval_picture(40 + i, 60, i), *oval_picture(30, 50 - i, 10 + i)) for i in range(DEVICES)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ from nabla_jax.errors import UserError
 from nabla_jax.models import flux, layers, lora
 from nabla_jax.parallel import mesh as meshes
 from tests import fixtures
+from tests.fixtures import picture
 
 NATIVE = Conditioning(size=fixtures.SIZE, text_length=8, method="native")
 LEVELS = np.array([1.0, 0.6, 0.0], np.float32)
@@ -124,13 +125,6 @@ def test_references_in_the_stream_cannot_be_cached() -> None:
     independent = dataclasses.replace(NATIVE, independent_conditions=True)
     with pytest.raises(UserError, match="independent_conditions: found true, expected false for method native"):
         nabla_jax.load(root / "base", conditioning=independent)
-
-
-def picture(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    mask = np.zeros((height, width), bool)
-    mask[height // 4 : height // 2, width // 3 : width // 2 + 1] = True
-    return pixels, mask
 
 
 def test_the_adapter_acts_on_everything(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from nabla_jax.data.pairs import Pair, benchmark_pairs, shuffled_subjects
 from nabla_jax.errors import UserError
 from nabla_jax.parallel import mesh as meshes
 from tests import fixtures
+from tests.fixtures import picture
 
 CONDITIONING = Conditioning(size=fixtures.SIZE, text_length=8)
 
@@ -80,13 +81,6 @@ def test_both_guidances_at_once_are_refused() -> None:
 def untuned() -> api.Reposer:
     root = fixtures.prepared_root()
     return nabla_jax.load(root / "base", conditioning=CONDITIONING, sample=Sample(steps=2, seed=5))
-
-
-def picture(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    mask = np.zeros((height, width), bool)
-    mask[height // 4 : height // 2, width // 3 : width // 2 + 1] = True
-    return pixels, mask
 
 
 def test_one_is_the_subject_and_nought_the_sibling(tmp_path: Path) -> None:

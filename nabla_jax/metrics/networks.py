@@ -308,8 +308,8 @@ def _distances(networks: Networks, a: Sequence[Array], b: Sequence[Array]) -> Ar
         canvases.setdefault((_canvas(height), _canvas(width)), []).append(i)
     distances = np.zeros(len(a), np.float32)
     for (height, width), places in canvases.items():
-        # VGG keeps hundreds of bytes for every pixel: large pictures go through in smaller batches.
         remaining = iter(places)
+        # VGG keeps hundreds of bytes for every pixel: large pictures go through in smaller batches.
         for rows in _portions(len(places), _fitting(networks.batch, height * width)):
             own = list(itertools.islice(remaining, rows))
             canvas = np.zeros((2, len(own), height, width, 3), np.uint8)
