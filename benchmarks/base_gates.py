@@ -53,7 +53,7 @@ def draw_pairs(folder: Path, count: int) -> list[dict[str, Any]]:
     """Fresh individuals: reference, target and hole of each, see ``fill.draw_diptychs``."""
     config = pictures.PictureConfig("nabla_jax.toybirds", 940_000, count, SIZE)
     drawn = pictures.render(config, folder, workers=2)
-    shown = fill.DiptychConfig(copies=0.0, alone=0.0, expansion=(1.0, 1.0), masks=(("silhouette", 1.0),))
+    shown = fill.DiptychConfig(copies=0.0, whole=0.0, alone=0.0, expansion=(1.0, 1.0), masks=(("silhouette", 1.0),))
     return [fill.draw_diptychs(drawn, i, shown, SIZE)[0] for i in range(count)]
 
 
@@ -131,10 +131,13 @@ class Fill:
 
     def encode(self, rows: Sequence[dict[str, Any]], first: int) -> Arrays:
         """Latents of diptychs and SigLIP's patches of their references."""
-        arrays = fill.encode_rows(rows, *fill.make_encoders(self.vae, self.vision), self.processor)
+        latents, patches = fill.make_encoders(self.vae, self.vision)
+        arrays = fill.encode_rows(rows, latents)
+        features = patches(self.processor([row["reference"] for row in rows]))
         hole = np.concatenate([np.zeros_like(arrays["hole"]), arrays["hole"]], axis=2)
         numbers = np.arange(first, first + len(rows), dtype=np.uint32)
-        return {k: arrays[k] for k in ("picture", "masked", "features")} | {"hole": hole, "sample": numbers}
+        shown = {name: arrays[name] for name in ("picture", "masked")}
+        return {**shown, "features": features, "hole": hole, "sample": numbers}
 
     def loss(self, adapter: Adapter, batch: Arrays, seed: jax.Array) -> jax.Array:
         """``fill.loss`` with draws that depend on ``seed``."""

@@ -3,11 +3,15 @@
 Every step has one task for its whole batch, drawn from (seed, step):
 
 - ``caption``: caption and masked picture -> picture.
-- ``diptych``: reference left, masked target right; the prompt is zeros and the reference's Redux tokens. The reference
-  is another view of the same individual, every pair a fresh one; at first it is often the target's own view.
+- ``variation``: the picture's own Redux tokens, after zeros, and masked picture -> picture.
+- ``diptych``: reference left, masked target right, and the target's caption or the plain one. The reference is another
+  view of the same individual, every pair a fresh one; at first it is often the target's own view.
 
-SigLIP stays as it is. Pictures are encoded once, side by side, since the autoencoder's norms and attention span both
-halves; hence the masks are drawn once, too. Every sample depends on (seed, step) alone.
+So everything that Insert Anything puts together is known, and never put together: Redux tokens of another view, beside
+a diptych, with the bird's own silhouette as the hole. That is for an adapter to learn.
+
+SigLIP stays as it is. Pictures are encoded once, diptychs side by side, since the autoencoder's norms and attention
+span both halves; hence the masks are drawn once, too. Every sample depends on (seed, step) alone.
 """
 
 import dataclasses
@@ -41,7 +45,9 @@ _BATCH = 32
 _CHUNK = 500
 _WHOLE = "whole"
 _SINGLES = 4
-"""Of so many individuals one also gives a masked picture with a caption."""
+"""Of so many individuals one also gives a masked picture."""
+
+TASKS = ("caption", "variation", "diptych")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +56,18 @@ class DiptychConfig:
 
     Attributes:
       copies: share of individuals that also get a diptych whose reference is the target's own view, whole or cropped.
-      alone: share of references without their background.
-      expansion: range of the white border round a reference's crop, times its height and width.
+      whole: share of references that are not cropped.
+      alone: share of crops without their background.
+      expansion: range of the white border round a crop, times its height and width.
       masks: share of each mask policy, as (policy, share) pairs; the shares add up to 1.
       seed: of every random draw.
     """
 
     copies: float = 0.15
+    whole: float = 0.5
     alone: float = 0.3
     expansion: tuple[float, float] = (1.0, 1.4)
-    masks: tuple[tuple[str, float], ...] = (("silhouette", 0.35), ("dilated", 0.15), ("box", 0.25), ("bezier", 0.25))
+    masks: tuple[tuple[str, float], ...] = (("box", 0.5), ("bezier", 0.5))
     seed: int = 0
 
 
@@ -68,7 +76,8 @@ class Settings:
     """How to train; what is not said here is as in ``transformer.Settings``.
 
     Attributes:
-      captions: share of steps with captions instead of diptychs.
+      tasks: shares of ``TASKS``; they add up to 1.
+      plain: share of diptychs with the plain caption instead of the target's.
       curriculum: share of the steps during which references are copies with falling probability.
       hole_weight: weight of repainted tokens against the others, which can be copied.
       guidance: range of the guidance scales drawn.
@@ -80,7 +89,8 @@ class Settings:
     warmup: int = 50
     decay: float = 0.4
     ema: float = 0.995
-    captions: float = 0.12
+    tasks: tuple[float, float, float] = (0.1, 0.15, 0.75)
+    plain: float = 0.5
     curriculum: float = 0.2
     hole_weight: float = 8.0
     guidance: tuple[float, float] = (1.0, 30.0)
@@ -95,28 +105,33 @@ class Diptychs:
     Attributes:
       picture, masked: [P, C, h, 2w], reference left and target right, without and with the hole.
       hole: bool [P, H, W], what is repainted of the target.
-      features: float16 [P, R, D], SigLIP's patches of the reference.
       copy: bool [P], whether the reference is the target's own view.
+      individual, view: int [P], which view the target is.
       single: [S, C, h, w], masked views.
       single_hole: bool [S, H, W].
-      individual, view: int [S], which view it is.
+      single_features: float16 [S, R, D], SigLIP's patches of the views without their holes.
+      single_individual, single_view: int [S], which view it is.
     """
 
     picture: np.ndarray
     masked: np.ndarray
     hole: np.ndarray
-    features: np.ndarray
     copy: np.ndarray
-    single: np.ndarray
-    single_hole: np.ndarray
     individual: np.ndarray
     view: np.ndarray
+    single: np.ndarray
+    single_hole: np.ndarray
+    single_features: np.ndarray
+    single_individual: np.ndarray
+    single_view: np.ndarray
 
 
 def draw_reference(
     rng: np.random.Generator, picture: np.ndarray, mask: np.ndarray, size: int, config: DiptychConfig
 ) -> np.ndarray:
-    """The bird's crop on a white square: uint8 [H, W, 3] and bool [H, W] -> uint8 [size, size, 3]."""
+    """The picture, or the bird's crop on a white square: uint8 [H, W, 3], bool [H, W] -> uint8 [size, size, 3]."""
+    if rng.random() < config.whole:
+        return picture
     if rng.random() < config.alone:
         picture = np.where(mask[..., None], picture, np.uint8(255))
     return Placement.subject(mask, size, rng.uniform(*config.expansion)).apply(picture, 255, "area")
@@ -128,7 +143,8 @@ def _policy(rng: np.random.Generator, config: DiptychConfig) -> str:
 
 
 def draw_diptychs(drawn: Pictures, index: int, config: DiptychConfig, size: int) -> list[dict[str, Any]]:
-    """One individual's diptychs {reference, target, hole, copy}: one of two views, sometimes also one of a copy."""
+    """One individual's diptychs {reference, target, hole, copy, individual, view}: one of two views, sometimes also one
+    whose reference is the target's own view."""
     rng = np.random.default_rng((config.seed, index))
     pictures, masks = drawn.pictures[index], drawn.masks[index]
     view = int(rng.integers(2))
@@ -136,10 +152,9 @@ def draw_diptychs(drawn: Pictures, index: int, config: DiptychConfig, size: int)
     for copy in (False, True)[: 1 + (rng.random() < config.copies)]:
         shown = view if copy else 1 - view
         reference = draw_reference(rng, pictures[shown], masks[shown], size, config)
-        if copy and rng.random() < 0.5:
-            reference = pictures[view]
         hole = repaint_mask(np.asarray(masks[view]), _policy(rng, config), rng)
-        rows.append({"reference": reference, "target": pictures[view], "hole": hole, "copy": copy})
+        row = {"reference": reference, "target": pictures[view], "hole": hole, "copy": copy}
+        rows.append({**row, "individual": index, "view": view})
     return rows
 
 
@@ -161,37 +176,35 @@ def make_encoders(vae: Component, vision: Component) -> tuple[ToLatents, ToLaten
     return functools.partial(_batched, latents, vae.params), functools.partial(_batched, patches, vision.params)
 
 
-def encode_rows(
-    rows: Sequence[Mapping[str, Any]], latents: ToLatents, patches: ToLatents, processor: ImageProcessor
-) -> dict[str, np.ndarray]:
-    """Diptychs as ``draw_diptychs`` gives them -> picture, masked, hole, features and copy of ``Diptychs``."""
+def encode_rows(rows: Sequence[Mapping[str, Any]], latents: ToLatents) -> dict[str, np.ndarray]:
+    """Diptychs as ``draw_diptychs`` gives them -> picture, masked, hole, copy, individual and view of ``Diptychs``."""
     stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    reference, target = (_signed(stacked[name]) for name in ("reference", "target"))
+    reference, target = (_signed(stacked.pop(name)) for name in ("reference", "target"))
     hidden = _hide(target, stacked["hole"])
     return {
         "picture": latents(np.concatenate([reference, target], axis=-1)),
         "masked": latents(np.concatenate([reference, hidden], axis=-1)),
-        "hole": stacked["hole"],
-        "features": patches(processor(list(stacked["reference"]))),
-        "copy": stacked["copy"],
+        **stacked,
     }
 
 
 def encode_singles(
-    drawn: Pictures, indices: Sequence[int], config: DiptychConfig, latents: ToLatents
-) -> dict[str, np.ndarray]:
-    """One masked view of each individual: single, single_hole, individual and view of ``Diptychs``."""
+    drawn: Pictures, indices: Sequence[int], config: DiptychConfig, latents: ToLatents, patches: ToLatents,
+    processor: ImageProcessor,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """One masked view of each individual: what ``Diptychs`` has of singles."""
     holes, views = [], []
     for index in indices:
         rng = np.random.default_rng((config.seed, index, 1))
         views.append(int(rng.integers(2)))
         holes.append(repaint_mask(np.asarray(drawn.masks[index, views[-1]]), _policy(rng, config), rng))
-    hole = np.stack(holes)
+    hole, pictures = np.stack(holes), drawn.pictures[list(indices), views]
     return {
-        "single": latents(_hide(_signed(drawn.pictures[list(indices), views]), hole)),
+        "single": latents(_hide(_signed(pictures), hole)),
         "single_hole": hole,
-        "individual": np.array(indices, np.int32),
-        "view": np.array(views, np.int32),
+        "single_features": patches(processor(list(pictures))),
+        "single_individual": np.array(indices, np.int32),
+        "single_view": np.array(views, np.int32),
     }
 
 
@@ -218,8 +231,8 @@ def encode(
             indices = range(start, min(start + _CHUNK, len(drawn.pictures)))
             if not path.exists():
                 rows = [row for index in indices for row in draw_diptychs(drawn, index, config, size)]
-                arrays = encode_rows(rows, latents, patches, processor)
-                arrays |= encode_singles(drawn, indices[::_SINGLES], config, latents)
+                arrays = encode_rows(rows, latents)
+                arrays |= encode_singles(drawn, indices[::_SINGLES], config, latents, patches, processor)
                 folder.mkdir(parents=True, exist_ok=True)
                 write_atomic(path, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
             chunks.append(load_file(path))
@@ -244,20 +257,23 @@ def _batched(run: Callable[..., jax.Array], params: Params, images: np.ndarray) 
 def draw_batch(diptychs: Diptychs, latents: Latents, step: int, settings: Settings) -> dict[str, np.ndarray]:
     """The arrays of one step: picture, masked, hole (over the whole picture), features, t5 and clip ids.
 
-    With ``caption`` there are no features ([B, 0, D]), with ``diptych`` no ids ([B, 0]).
+    What the step's task does not read is empty: features [B, 0, D] without Redux tokens, ids [B, 0] with them.
     """
     rng = np.random.default_rng((settings.seed, step))
-    none = np.zeros((settings.batch, 0), np.int32)
-    if rng.random() < settings.captions:
+    task = TASKS[int(np.searchsorted(np.cumsum(settings.tasks), rng.random() * sum(settings.tasks)))]
+    no_ids = np.zeros((settings.batch, 0), np.int32)
+    no_features = np.zeros((settings.batch, 0, diptychs.single_features.shape[-1]), np.float16)
+    if task != "diptych":
         chosen = rng.integers(len(diptychs.single), size=settings.batch)
-        place = diptychs.individual[chosen], diptychs.view[chosen]
+        place = diptychs.single_individual[chosen], diptychs.single_view[chosen]
+        told = task == "caption"
         return {
             "picture": latents.whole[place],
             "masked": diptychs.single[chosen],
             "hole": diptychs.single_hole[chosen],
-            "features": np.zeros((settings.batch, 0, diptychs.features.shape[-1]), np.float16),
-            "t5": latents.t5[place],
-            "clip": latents.clip[place],
+            "features": no_features if told else diptychs.single_features[chosen],
+            "t5": latents.t5[place] if told else no_ids,
+            "clip": latents.clip[place] if told else no_ids,
         }
     copies, others = np.flatnonzero(diptychs.copy), np.flatnonzero(~diptychs.copy)
     chosen = rng.choice(others, settings.batch)
@@ -265,14 +281,15 @@ def draw_batch(diptychs: Diptychs, latents: Latents, step: int, settings: Settin
         ramp = step / max(settings.curriculum * settings.steps, 1)
         copied = rng.random(settings.batch) < max(0.0, 1.0 - ramp) * 0.8
         chosen = np.where(copied, rng.choice(copies, settings.batch), chosen)
-    hole = diptychs.hole[chosen]
+    hole, place = diptychs.hole[chosen], (diptychs.individual[chosen], diptychs.view[chosen])
+    plain = (rng.random(settings.batch) < settings.plain)[:, None]
     return {
         "picture": diptychs.picture[chosen],
         "masked": diptychs.masked[chosen],
         "hole": np.concatenate([np.zeros_like(hole), hole], axis=2),
-        "features": diptychs.features[chosen],
-        "t5": none,
-        "clip": none,
+        "features": no_features,
+        "t5": np.where(plain, latents.plain_t5, latents.t5[place]),
+        "clip": np.where(plain, latents.plain_clip, latents.clip[place]),
     }
 
 

@@ -118,6 +118,12 @@ def fill_card(config: FillConfig, state: State, reports: list[dict[str, Any]]) -
     training, drawn, shown = config.training, config.pictures, config.diptychs
     last = reports[-1]
     policies = ", ".join(f"{name} {share:g}" for name, share in shown.masks)
+    given = (
+        "masked picture and caption",
+        "masked picture and its own Redux tokens",
+        "side by side, reference left, masked target right, and a caption",
+    )
+    tasks = "; ".join(f"{task} ({share:g} of the steps)" for task, share in zip(given, training.tasks, strict=True))
     lines = [
         f"# {Path(config.output).name}",
         "",
@@ -131,10 +137,9 @@ def fill_card(config: FillConfig, state: State, reports: list[dict[str, Any]]) -
         f"encoders: its weights, CLIP's feed-forward layer narrowed to {config.clip_width} hidden units.",
         f"- Transformer, text encoders and the Redux embedder, trained together: {state.step} steps of "
         f"{training.batch} ({state.step * training.batch:,} samples), seed {training.seed}, guidance drawn from "
-        f"{training.guidance[0]:g} to {training.guidance[1]:g}. Tasks: masked picture and caption "
-        f"({training.captions:g} of the steps); side by side, reference left, masked target right, the prompt zeros "
-        "and Redux tokens. The reference is another view of the same individual, at first often the target's own view. "
-        f"Masks: {policies}.",
+        f"{training.guidance[0]:g} to {training.guidance[1]:g}. Tasks: {tasks}. "
+        "The reference is another view of the same individual, at first often the target's own view. "
+        f"Masks: {policies}. Never Redux tokens of another picture, never a silhouette.",
         f"- Mean over the last steps: loss {last['loss']:.4f}, error on repainted tokens {last['hole']:.4f}.",
         "- Weights: the running average, bfloat16.",
         "",

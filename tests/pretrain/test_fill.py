@@ -22,9 +22,9 @@ CONFIG = FluxConfig(
     in_channels=96, out_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
     joint_attention_dim=8, pooled_projection_dim=8, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
 )  # fmt: skip
-SETTINGS = fill.Settings(steps=8, batch=4, warmup=2, decay=0.2, ema=0.9, captions=0.3)
+SETTINGS = fill.Settings(steps=8, batch=4, warmup=2, decay=0.2, ema=0.9, tasks=(0.3, 0.2, 0.5))
 WIDTH, PATCHES, PLENTY = 6, 3, 200
-_ONE_GREY = fill.DiptychConfig(copies=0.5, alone=0.0, expansion=(1.0, 1.0))
+_ONE_GREY = fill.DiptychConfig(copies=0.5, whole=0.5, alone=0.0, expansion=(1.0, 1.0))
 
 
 def drawn(count: int) -> Pictures:
@@ -45,12 +45,14 @@ def diptychs(count: int = 8) -> fill.Diptychs:
         picture=rng.normal(size=(count, 4, 4, 8)).astype(np.float16),
         masked=rng.normal(size=(count, 4, 4, 8)).astype(np.float16),
         hole=hole,
-        features=rng.normal(size=(count, PATCHES, WIDTH)).astype(np.float16),
         copy=np.arange(count) % 4 == 0,
+        individual=np.arange(count) % 5,
+        view=np.arange(count) % 2,
         single=rng.normal(size=(3, 4, 4, 4)).astype(np.float16),
         single_hole=hole[:3],
-        individual=np.array([0, 2, 4], np.int32),
-        view=np.array([0, 1, 0], np.int32),
+        single_features=rng.normal(size=(3, PATCHES, WIDTH)).astype(np.float16),
+        single_individual=np.array([0, 2, 4], np.int32),
+        single_view=np.array([0, 1, 0], np.int32),
     )
 
 
@@ -64,13 +66,14 @@ def networks() -> tuple[fill.Networks, layers.Params]:
 
 
 def batch_of(task: str, latents: Latents | None = None) -> dict[str, Any]:
-    settings = dataclasses.replace(SETTINGS, captions=float(task == "caption"))
+    settings = dataclasses.replace(SETTINGS, tasks=tuple(float(task == name) for name in fill.TASKS))
     return fill.draw_batch(diptychs(), latents or kontext.latents(), 5, settings)
 
 
 READ = {
     "caption": {"picture", "masked", "hole", "t5", "clip"},
-    "diptych": {"picture", "masked", "hole", "features"},
+    "variation": {"picture", "masked", "hole", "features"},
+    "diptych": {"picture", "masked", "hole", "t5", "clip"},
 }
 
 
@@ -111,19 +114,45 @@ def test_a_diptych_shows_the_other_view_or_a_copy() -> None:
         shown = int(pictures.pictures[index, view if row["copy"] else 1 - view, 0, 0, 0])
         assert (row["reference"] == shown).all()
         assert (row["hole"] | ~pictures.masks[index, view]).all()
+        assert (row["individual"], row["view"]) == (index, view)
 
 
 def test_references_lose_their_background_in_their_share() -> None:
     picture, mask = np.full((16, 16, 3), 90, np.uint8), np.zeros((16, 16), bool)
     mask[4:12, 4:12] = np.eye(8, dtype=bool)
-    config = fill.DiptychConfig(alone=0.3, expansion=(1.0, 1.0))
+    config = fill.DiptychConfig(whole=0.0, alone=0.3, expansion=(1.0, 1.0))
     rng = np.random.default_rng(0)
     white = [255 in fill.draw_reference(rng, picture, mask, 16, config) for _ in range(PLENTY)]
     assert sum(white) / PLENTY == pytest.approx(0.3, abs=0.1)
 
 
+def test_captions_are_those_of_the_targets_or_plain() -> None:
+    data, latents = diptychs(), kontext.latents()
+    settings = dataclasses.replace(SETTINGS, tasks=(0.0, 0.0, 1.0), batch=64)
+    batch = fill.draw_batch(data, latents, 90, settings)
+    plain = (batch["t5"] == latents.plain_t5).all(1)
+    assert 0.2 < plain.mean() < 0.8
+    numbers = {picture.tobytes(): index for index, picture in enumerate(data.picture)}
+    for picture, ids in zip(batch["picture"][~plain], batch["t5"][~plain], strict=True):
+        row = numbers[picture.tobytes()]
+        np.testing.assert_array_equal(ids, latents.t5[data.individual[row], data.view[row]])
+
+
+def test_a_variation_shows_siglip_the_picture_itself() -> None:
+    data, latents = diptychs(), kontext.latents()
+    settings = dataclasses.replace(SETTINGS, tasks=(0.0, 1.0, 0.0), batch=64)
+    batch = fill.draw_batch(data, latents, 3, settings)
+    whole = latents.whole[data.single_individual, data.single_view]
+    rows = {picture.tobytes(): number for number, picture in enumerate(whole)}
+    for picture, features in zip(batch["picture"], batch["features"], strict=True):
+        np.testing.assert_array_equal(features, data.single_features[rows[picture.tobytes()]])
+
+
 def test_copies_come_first_and_then_never() -> None:
-    data, settings = diptychs(), dataclasses.replace(SETTINGS, captions=0.0, batch=64, steps=100, curriculum=0.2)
+    data, settings = (
+        diptychs(),
+        dataclasses.replace(SETTINGS, tasks=(0.0, 0.0, 1.0), batch=64, steps=100, curriculum=0.2),
+    )
     copies = {picture.tobytes() for picture in data.picture[data.copy]}
 
     def share(step: int) -> float:
