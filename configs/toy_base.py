@@ -101,7 +101,7 @@ def fill() -> ConfigDict:
             "text_length": 16,
             "clip_width": 176,
             "pictures": PICTURES,
-            "training": {"steps": 900, "batch": 32, "learning_rate": 1e-3},
+            "training": {"steps": 2000, "batch": 32, "learning_rate": 1e-3},
             # 64 of noisy latents, 64 of the masked picture, 4 * 4 * 4 of the mask.
             "transformer_model": {**TRANSFORMER, "in_channels": 192, "out_channels": 64},
         }

@@ -66,8 +66,9 @@ def make(config: FillConfig, workers: int, seconds: float | None) -> None:
     folder, output, origin = Path(config.folder), Path(config.output), assets.resolve(config.start)
     drawn = pictures.render(config.pictures, folder / "pictures", workers)
     start.copy_shared(origin, output)
-    vae, vision = pipeline.load_vae(origin), load_siglip(assets.resolve(config.vision))
-    processor = ImageProcessor.from_json(assets.resolve(config.vision) / "preprocessor_config.json")
+    seen = assets.resolve(config.vision)
+    vae, vision = pipeline.load_vae(origin), load_siglip(seen)
+    processor = ImageProcessor.from_json(seen / "preprocessor_config.json")
     tokenizers = pipeline.load_tokenizers(origin)
     encoded = latents.encode(
         drawn, vae, tokenizers, folder / "latents", size=config.size, prompt=config.prompt,
@@ -103,6 +104,8 @@ def make(config: FillConfig, workers: int, seconds: float | None) -> None:
     both = {"image_encoder": vision.params, "image_embedder": state.ema["redux"]}
     target = Path(config.redux)
     save_redux(target, ReduxConfig(vision.config, embedder), both, dtype=jnp.bfloat16)
+    weights = Path("model.safetensors")
+    start.link_weights(seen, seen / weights, target, target / "image_encoder" / weights)
     write_json(target / "feature_extractor" / "preprocessor_config.json", processor.to_json())
     write_redux_index(target)
     write_atomic(target / "README.md", redux_card(config, state))

@@ -4,6 +4,7 @@ Trees are those of ``models.flux.Flux`` and ``models.clip.CLIPText``; weights ar
 """
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 
@@ -23,16 +24,25 @@ SHARED = ("vae", "tokenizer", "tokenizer_2")
 
 def copy_shared(start: Path, output: Path) -> None:
     """``SHARED`` of one pipeline folder for another, over what is there: copies, but links to weights of a sibling."""
-    siblings = start.resolve().parent == output.resolve().parent
     for name in SHARED:
         (output / name).mkdir(parents=True, exist_ok=True)
         for file in (start / name).iterdir():
             made = output / name / file.name
-            made.unlink(missing_ok=True)
-            if siblings and file.suffix == ".safetensors":
-                made.symlink_to(Path("..", "..", start.name, name, file.name))
-            else:
+            if not link_weights(start, file, output, made):
+                made.unlink(missing_ok=True)
                 shutil.copyfile(file, made)
+
+
+def link_weights(start: Path, file: Path, output: Path, made: Path) -> bool:
+    """Makes ``made`` in ``output``, over what is there, a link to ``file`` in the folder ``start``.
+
+    Returns False, with nothing done, if the folders do not lie side by side or the file is no safetensors file.
+    """
+    if start.resolve().parent != output.resolve().parent or file.suffix != ".safetensors" or not file.is_file():
+        return False
+    made.unlink(missing_ok=True)
+    made.symlink_to(os.path.relpath(file.absolute(), made.parent.absolute()))
+    return True
 
 
 def embedded_guidance(params: Params, scale: float) -> jax.Array:

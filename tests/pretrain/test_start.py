@@ -84,3 +84,21 @@ def test_units_without_effect_are_the_ones_dropped() -> None:
     found, expected = (layers.bind(g, p)(ids) for g, p in ((narrow.graphdef, narrow.params), (graphdef, params)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), found, expected)
     assert narrow.params["text_model"]["encoder"]["layers"]["0"]["mlp"]["fc1"]["weight"].shape == (4, 8)
+
+
+def test_parts_are_shared_with_a_sibling_and_copied_elsewhere(tmp_path: Path) -> None:
+    origin, sibling, stranger = tmp_path / "bases" / "a", tmp_path / "bases" / "b", tmp_path / "c"
+    for name in start.SHARED:
+        (origin / name).mkdir(parents=True)
+        (origin / name / "config.json").write_text(name)
+        (origin / name / "weights.safetensors").write_text(f"weights of {name}")
+    for output in (sibling, stranger):
+        for _ in range(2):  # over what is there
+            start.copy_shared(origin, output)
+        for name in start.SHARED:
+            weights = output / name / "weights.safetensors"
+            assert weights.is_symlink() == (output == sibling)
+            assert weights.read_text() == f"weights of {name}"
+            assert not (output / name / "config.json").is_symlink()
+    (tmp_path / "bases").rename(tmp_path / "moved")
+    assert (tmp_path / "moved" / "b" / "vae" / "weights.safetensors").read_text() == "weights of vae", "relative"
