@@ -11,8 +11,8 @@ three minutes for the pictures, 30 for the autoencoder, and some hours for the t
 `nabla_jax/assets/toy-flux-kontext`.
 
 `:schnell` and `:fill` take autoencoder, tokenizers and first weights from it and train for half an hour each:
-`toy-flux-schnell` sees pictures side by side and takes no guidance; `toy-flux-fill` repaints holes from captions or,
-side by side, from a reference, whose prompt tokens `toy-flux-redux` learns to make.
+`toy-flux-schnell` sees pictures side by side and takes no guidance; `toy-flux-fill` repaints holes from captions, from
+a reference beside them, or from a picture's own prompt tokens, which `toy-flux-redux` learns to make.
 """
 
 from ml_collections import ConfigDict
