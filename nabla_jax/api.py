@@ -21,7 +21,7 @@ from nabla_jax.checkpoints import adapters as adapter_files
 from nabla_jax.checkpoints import pipeline
 from nabla_jax.conditioning.geometry import Placement
 from nabla_jax.conditioning.masks import repaint_mask
-from nabla_jax.conditioning.text import PromptEncoder, load_text_stack, make_prompt_encoder
+from nabla_jax.conditioning.text import PromptEncoder, encode_prompts, load_text_stack, make_prompt_encoder
 from nabla_jax.config import Conditioning, Config, Sample
 from nabla_jax.data import controls
 from nabla_jax.diptychs import DiptychEncoder
@@ -302,6 +302,7 @@ def load(
     sample: Sample | None = None,
     dtype: str | None = None,
     redux: str | os.PathLike[str] | None = None,
+    quantise: str | None = None,
 ) -> Reposer:
     """Loads a base and, on it, an adapter.
 
@@ -317,6 +318,8 @@ def load(
       sample: default settings of sampling; otherwise from the adapter's metadata.
       dtype: float32 or bfloat16; default bfloat16 on accelerators and float32 on CPU.
       redux: the FLUX.1-Redux folder of method insert, or ``asset:NAME``; default from the adapter's metadata.
+      quantise: none, int8, fp8 or nf4: how the weights of the transformer's blocks are kept; default from the
+        adapter's metadata. An adapter may be used on another one than it was trained on.
 
     Raises UserError when something is missing, the adapter belongs to another base, or the cache is asked for with an
     adapter whose conditions see text and noise.
@@ -333,6 +336,8 @@ def load(
     conditioning = conditioning or _conditioning(metadata, adapter_path)
     pipeline.check_channels(folder, method_name(conditioning))
     pipeline.check_sides(folder, conditioning.size, conditioning.compact)
+    quantise = quantise or (metadata.quantise if metadata else "none")
+    pipeline.check_quantised(folder, quantise)
     redux_path = find_redux(redux, metadata, adapter_path) if conditioning.method == "insert" else None
     if conditioning.method != "omini" and control_adapter is not None:
         raise UserError(
@@ -356,7 +361,17 @@ def load(
     # Each of several processes draws pictures of its own.
     mesh = meshes.data_mesh(jax.local_devices())
     sharding = meshes.replicated(mesh)
-    transformer = pipeline.load_transformer(folder, dtype=jnp.dtype(dtype), sharding=sharding)
+    vae = pipeline.load_vae(folder, sharding=sharding)
+    text: tuple[Array, Array] | PromptEncoder | None = None
+    encoder = None
+    if redux_path is not None:
+        encoder = diptychs.load_encoder(folder, redux_path, conditioning.text_length, mesh, dtype, vae)
+    elif conditioning.caption == "background":
+        text = make_prompt_encoder(load_text_stack(folder), conditioning.text_length)
+    else:
+        # Before the transformer, and freed again: a small device holds one of them at a time.
+        text = encode_prompts(folder, [conditioning.prompt], conditioning.text_length)
+    transformer = pipeline.load_transformer(folder, dtype=jnp.dtype(dtype), sharding=sharding, quantise=quantise)
     adapters: reposing.Adapters = {}
     if adapter_path is not None:
         loaded, _ = adapter_files.load_adapter(adapter_path, transformer.params, stacked=flux.STACKED)
@@ -367,14 +382,6 @@ def load(
         control_name = f"{control_path.stem} (control)"
         loaded, _ = adapter_files.load_adapter(control_path, transformer.params, stacked=flux.STACKED)
         adapters[control_name] = jax.device_put(loaded, sharding)
-    vae = pipeline.load_vae(folder, sharding=sharding)
-    text: tuple[Array, Array] | PromptEncoder | None = None
-    encoder = None
-    if redux_path is not None:
-        encoder = diptychs.load_encoder(folder, redux_path, conditioning.text_length, mesh, dtype, vae)
-    else:
-        encode_text = make_prompt_encoder(load_text_stack(folder), conditioning.text_length)
-        text = encode_text if conditioning.caption == "background" else encode_text([conditioning.prompt])
     name = adapter_path.stem if adapter_path else None
     method = make_method(
         transformer,

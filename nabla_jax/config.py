@@ -28,6 +28,7 @@ class Base:
     path: str  # a diffusers-layout folder, or asset:NAME
     obtain: str = ""  # told to a user who does not have it
     redux: str = ""  # a FLUX.1-Redux folder, or asset:NAME; only method insert reads it
+    quantise: str = "none"  # or int8, fp8, nf4: how the weights of the transformer's blocks are kept in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +218,7 @@ T = typing.TypeVar("T")
 Verb = typing.Literal["prepare", "train", "generate", "evaluate"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "base.quantise": ("none", "int8", "fp8", "nf4"),
     "conditioning.method": ("omini", "native", "insert"),
     "conditioning.control": ("fill", "depth", "keypoints"),
     "conditioning.skeleton": ("dense", "sparse", "dots"),
@@ -684,6 +686,7 @@ def check_method(config: Config) -> None:
     folder, method = resolve_base(config), config.conditioning.method
     pipeline.check_channels(folder, method)
     pipeline.check_sides(folder, config.conditioning.size, config.conditioning.compact)
+    pipeline.check_quantised(folder, config.base.quantise)
     if method == "insert":
         width = pipeline.transformer_config(folder).joint_attention_dim
         transformers_folder.check_redux(assets.resolve(config.base.redux), width)

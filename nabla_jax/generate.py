@@ -39,7 +39,7 @@ KINDS = ("right", "shuffled")
 CEILING = "autoencoder-ceiling"
 _ONE = ("subject", "subject_mask", "target", "target_mask")
 # Settings that rows name only where they are in use, so that older sets of pictures can be continued.
-_NAMED_IN_USE = ("control_adapter_sha256", "image_guidance", "sibling_guidance", "compact", "method")
+_NAMED_IN_USE = ("control_adapter_sha256", "image_guidance", "sibling_guidance", "compact", "method", "quantise")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -101,6 +101,7 @@ def _load(config: configs.Config, adapter: str, control_adapter: str | None) -> 
         sample=config.sample,
         dtype=config.train.dtype,
         redux=config.base.redux or None,
+        quantise=config.base.quantise,
     )
 
 
@@ -330,6 +331,8 @@ def _settings(config: configs.Config, reposer: "api.Reposer", arguments: argpars
         further["sibling_guidance"] = config.sample.sibling_guidance
     if config.conditioning.compact != 1:
         further["compact"] = config.conditioning.compact
+    if config.base.quantise != "none":
+        further["quantise"] = config.base.quantise
     if config.conditioning.method != "omini":
         further["method"] = config.conditioning.method
     if config.conditioning.method == "insert":

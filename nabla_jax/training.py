@@ -43,7 +43,9 @@ def load_method(config: Config, sharding: NamedSharding) -> tuple[reposing.Metho
     Raises UserError for weights that do not fit their configuration.
     """
     folder = resolve_base(config)
-    transformer = pipeline.load_transformer(folder, dtype=jnp.dtype(config.train.dtype), sharding=sharding)
+    transformer = pipeline.load_transformer(
+        folder, dtype=jnp.dtype(config.train.dtype), sharding=sharding, quantise=config.base.quantise
+    )
     vae_config = AutoencoderKLConfig.from_json(folder / "vae" / "config.json")
     method = api.make_method(
         transformer,
@@ -357,6 +359,7 @@ def adapter_metadata(config: Config, step: int, base_sha256: str) -> adapter_fil
         alpha=config.lora.alpha,
         base=folder.name,
         base_sha256=base_sha256,
+        quantise=config.base.quantise,
         in_channels=flux.FluxConfig.from_json(folder / "transformer" / "config.json").in_channels,
         control=config.conditioning.control,
         skeleton=config.conditioning.skeleton,

@@ -43,6 +43,7 @@ class AdapterMetadata:
       alpha: the adapter's contribution is multiplied by alpha / rank.
       base: name of the base model's folder.
       base_sha256: hash of the base transformer's files, empty when unknown.
+      quantise: how the base's blocks were kept in training: none, int8, fp8 or nf4.
       in_channels: token channels of the base's picture embedding (64, or 384 for FLUX.1-Fill).
       control: spatial control: fill, depth, keypoints or none.
       skeleton, dot, line: how keypoints were drawn, where they are the control.
@@ -72,6 +73,7 @@ class AdapterMetadata:
     alpha: float
     base: str = ""
     base_sha256: str = ""
+    quantise: str = "none"
     in_channels: int = 0
     control: str = ""
     skeleton: str = "dense"

@@ -32,7 +32,7 @@ from nabla_jax.checkpoints.safetensors_io import (
 )
 from nabla_jax.errors import UserError
 from nabla_jax.hashing import file_sha256
-from nabla_jax.models import clip, flux, layers, t5
+from nabla_jax.models import clip, flux, layers, quantised, t5
 from nabla_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 
 StrPath = str | os.PathLike[str]
@@ -137,35 +137,58 @@ class Tokenizers:
     t5: Any
 
 
-def load_part(path: StrPath, name: str, *, dtype: DTypeLike = "float32", sharding: Any = None) -> Component:
+def load_part(
+    path: StrPath, name: str, *, dtype: DTypeLike = "float32", sharding: Any = None, quantise: str = "none"
+) -> Component:
     """Reads one model of a pipeline folder, or of its single file, with parameters in ``dtype``.
 
     ``sharding`` is a ``jax.sharding.Sharding``, a tree of them, or a function from the abstract parameters to
-    such a tree; each device then receives its own part only. Raises UserError naming what does not fit.
+    such a tree; each device then receives its own part only. ``quantise`` (none, int8, fp8, nf4) keeps the weights of
+    the stacked blocks' linears in that format, made from the numbers of the file while it is read; see
+    ``models.quantised``. Raises UserError naming what does not fit.
     """
     alone = _single_file(path, name)
     if alone is None:
-        return load_model(Path(path) / name, PARTS[name], dtype=dtype, sharding=sharding)
-    return _load(Path(path), PARTS[name], _config(path, name), alone.layout, dtype, sharding)
+        return load_model(Path(path) / name, PARTS[name], dtype=dtype, sharding=sharding, quantise=quantise)
+    return _load(Path(path), PARTS[name], _config(path, name), alone.layout, dtype, sharding, quantise)
 
 
-def load_model(path: Path, part: Part, *, dtype: DTypeLike = "float32", sharding: Any = None) -> Component:
+def load_model(
+    path: Path, part: Part, *, dtype: DTypeLike = "float32", sharding: Any = None, quantise: str = "none"
+) -> Component:
     """Reads one model's folder (config.json and weights); see ``load_part``."""
     config = part.config.from_json(path / "config.json")
-    return _load(path, part, config, published_layout, dtype, sharding)
+    return _load(path, part, config, published_layout, dtype, sharding, quantise)
 
 
-def _load(path: Path, part: Part, config: Any, layout: Layout, dtype: DTypeLike, sharding: Any) -> Component:
-    graphdef, abstract = layers.abstract(lambda rngs: part.model(config, rngs=rngs, dtype=dtype))
+def _load(
+    path: Path, part: Part, config: Any, layout: Layout, dtype: DTypeLike, sharding: Any, quantise: str
+) -> Component:
+    graphdef, abstract = abstract_model(part, config, dtype=dtype, quantise=quantise)
     if callable(sharding):
         sharding = sharding(abstract)
     params = load_tree(path, abstract, part.table, stacked=part.stacked, sharding=sharding, layout=layout)
     return Component(config, graphdef, params)
 
 
-def load_transformer(path: StrPath, *, dtype: DTypeLike = "float32", sharding: Any = None) -> Component:
+def abstract_model(
+    part: Part, config: Any, *, dtype: DTypeLike = "float32", quantise: str = "none"
+) -> tuple[Any, layers.Params]:
+    """Graph and abstract parameters (``jax.ShapeDtypeStruct``) of a model as ``load_part`` makes it.
+
+    Raises UserError for an unknown format and for one that the model's widths do not fit.
+    """
+    graphdef, abstract = layers.abstract(lambda rngs: part.model(config, rngs=rngs, dtype=dtype))
+    if quantise != "none":
+        abstract = quantised.abstract(abstract, quantised.find_format(quantise), part.stacked)
+    return graphdef, abstract
+
+
+def load_transformer(
+    path: StrPath, *, dtype: DTypeLike = "float32", sharding: Any = None, quantise: str = "none"
+) -> Component:
     """The FLUX transformer of a pipeline folder or of a ``flux1-*.safetensors`` file; see ``load_part``."""
-    return load_part(path, "transformer", dtype=dtype, sharding=sharding)
+    return load_part(path, "transformer", dtype=dtype, sharding=sharding, quantise=quantise)
 
 
 def load_vae(path: StrPath, *, dtype: DTypeLike = "float32", sharding: Any = None) -> Component:
@@ -280,6 +303,11 @@ def check_folder(folder: StrPath) -> None:
     problems += _disagreements(configs)
     if problems:
         raise UserError(f"{folder}: not a complete pipeline folder: {'; '.join(problems)}")
+
+
+def check_quantised(path: StrPath, quantise: str) -> None:
+    """Raises UserError unless the transformer can be kept in this format; only its configuration is read."""
+    abstract_model(PARTS["transformer"], transformer_config(path), quantise=quantise)
 
 
 def folder_hash(folder: StrPath, *, everything: bool = False) -> str:

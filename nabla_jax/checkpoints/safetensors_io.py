@@ -27,6 +27,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from nabla_jax.errors import UserError
+from nabla_jax.models.quantised import Quantised, quantise
 
 Params = dict[str, Any]
 # (pattern, replacement) pairs tried in order with re.fullmatch on the name in the file: the first match gives
@@ -166,7 +167,9 @@ def load_tree(
 
     Args:
         path: a safetensors file, or a folder with one file or with shards and an index.
-        abstract_params: nested dict of ``jax.ShapeDtypeStruct``: the names and shapes that must be there.
+        abstract_params: nested dict of ``jax.ShapeDtypeStruct``: the names and shapes that must be there. In the place
+            of one there may be a ``Quantised`` (see its module's ``abstract``): that leaf is quantised block by block
+            while it is read, so that one block alone exists in full.
         table: renames or leaves out tensors of the file (see ``Table``). Two tensors of equal content may map
             to one name, as aliases of a tied weight do.
         stacked: dotted prefixes whose leaves carry a leading axis, e.g. ``("transformer_blocks",)``.
@@ -181,22 +184,26 @@ def load_tree(
     leaves = flatten(abstract_params)
     shardings = flatten(_shardings(abstract_params, sharding))
     kinds = {name: _target_dtype(leaf.dtype, dtype) for name, leaf in leaves.items()}
-    largest = max((math.prod(leaf.shape) * kinds[name].itemsize for name, leaf in leaves.items()), default=0)
-    result: dict[str, jax.Array] = {}
-    on_its_way: deque[tuple[jax.Array, int]] = deque()
+    sizes = {name: _size(leaf, kinds[name]) for name, leaf in leaves.items()}
+    largest = max(sizes.values(), default=0)
+    result: dict[str, Any] = {}
+    on_its_way: deque[tuple[Any, int]] = deque()
     with ThreadPoolExecutor(_THREADS) as pool, ExitStack() as stack:
         files = {file: stack.enter_context(_opened(file)) for file in {entry.file for entry in entries.values()}}
         places = _places(stored, entries, files)
         for name, leaf in leaves.items():
-            size = math.prod(leaf.shape) * kinds[name].itemsize
-            while on_its_way and sum(bytes_ for _, bytes_ in on_its_way) + size > 1.5 * largest:
-                on_its_way.popleft()[0].block_until_ready()
+            while on_its_way and sum(bytes_ for _, bytes_ in on_its_way) + sizes[name] > 1.5 * largest:
+                jax.block_until_ready(on_its_way.popleft()[0])
             read = _reader(name, leaf.shape, kinds[name], places, stacked, pool)
-            if shardings[name] is None:
+            if isinstance(leaf, Quantised):
+                codes, scale = _quantised(leaf, read)
+                where = shardings[name]
+                result[name] = Quantised(_put(codes, where.codes), _put(scale, where.scale), leaf.format)
+            elif shardings[name] is None:
                 result[name] = jax.device_put(read(tuple(slice(0, n) for n in leaf.shape)))
             else:
                 result[name] = jax.make_array_from_callback(leaf.shape, shardings[name], _once(read, leaf.shape))
-            on_its_way.append((result[name], size))
+            on_its_way.append((result[name], sizes[name]))
         jax.block_until_ready([array for array, _ in on_its_way])
     return unflatten(result)
 
@@ -576,6 +583,29 @@ def _reader(
         return part
 
     return read
+
+
+def _size(leaf: Any, dtype: np.dtype[Any]) -> int:
+    """Bytes of an abstract leaf whose numbers are of ``dtype``, or of a quantised one."""
+    if not isinstance(leaf, Quantised):
+        return math.prod(leaf.shape) * dtype.itemsize
+    return sum(math.prod(part.shape) * part.dtype.itemsize for part in (leaf.codes, leaf.scale))
+
+
+def _quantised(leaf: Quantised, read: Callable[[Index], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and scales of a whole leaf [L, out, in], from one block after another."""
+    codes, scale = (_aligned(part.shape, np.dtype(part.dtype)) for part in (leaf.codes, leaf.scale))
+    rest = tuple(slice(0, n) for n in leaf.shape[1:])
+    for block in range(leaf.shape[0]):
+        made = jax.device_get(quantise(read((slice(block, block + 1), *rest)), leaf.format))
+        codes[block], scale[block] = made.codes[0], made.scale[0]
+    return codes, scale
+
+
+def _put(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    if sharding is None:
+        return jax.device_put(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _once(read: Callable[[Index], np.ndarray], shape: tuple[int, ...]) -> Callable[[Any], np.ndarray]:

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from nabla_jax.models.quantised import Quantised, dequantise
+
 Params = dict[str, Any]
 M = TypeVar("M", bound=nnx.Module)
 
@@ -99,7 +101,10 @@ def _uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float, dtype: DTypeL
 
 
 class Linear(nnx.Module):
-    """``y = x W^T + b`` with W of shape [out, in], contracting the last axis of x; multiplies in x's dtype."""
+    """``y = x W^T + b`` with W of shape [out, in], contracting the last axis of x; multiplies in x's dtype.
+
+    Parameters may hold a ``Quantised`` weight.
+    """
 
     def __init__(
         self, in_features: int, out_features: int, *, rngs: nnx.Rngs, bias: bool = True, dtype: DTypeLike = jnp.float32
@@ -117,13 +122,25 @@ class Linear(nnx.Module):
           dtype: of the result, in which products are also added up; x's when None.
         """
         dtype = x.dtype if dtype is None else dtype
-        w = self.weight[...].astype(x.dtype)
-        y = jax.lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
+        y = _product(x, self.weight.get_value(), dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(dtype)
         if lora is not None:
             y = y + low_rank(x, lora).astype(dtype)
         return y
+
+
+def _product(x: jax.Array, weight: jax.Array | Quantised, dtype: DTypeLike) -> jax.Array:
+    """``x W^T`` in ``dtype``: x [..., in], W [out, in]."""
+
+    def multiply(x: jax.Array, weight: jax.Array | Quantised) -> jax.Array:
+        w = dequantise(weight, x.dtype) if isinstance(weight, Quantised) else weight.astype(x.dtype)
+        return jax.lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
+
+    if not isinstance(weight, Quantised):
+        return multiply(x, weight)
+    # The backward pass multiplies by W again: without this it would keep every block's whole weights until then.
+    return jax.checkpoint(multiply)(x, weight)  # type: ignore[no-any-return]
 
 
 class LowRank(NamedTuple):
