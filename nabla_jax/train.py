@@ -1,6 +1,6 @@
 """Trains an adapter: ``python -m nabla_jax.train --config configs/omk_fill.py``.
 
-Reads from top to bottom: configuration, checks, mesh, frozen base, abstract state, input, restore or
+Reads from top to bottom: configuration, checks, mesh, input, frozen base, abstract state, restore or
 initialise, compiled step, loop. The run folder ``train.workdir`` gets ``config.json``,
 ``environment.json``, ``metrics.jsonl``, ``checkpoints/``, ``adapters/step_N/NAME.safetensors`` with
 ``adapters/last``, and ``samples/``. SIGINT and SIGTERM save and stop; the same command continues, bit for
@@ -68,6 +68,10 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
     frozen = training.load_frozen(config)
     base_sha256 = pipeline.folder_hash(base_path / "transformer")
 
+    # ------------------------------------------------------------------------------------------------ input
+    # Before the base: text encoders that it needs are freed again before the transformer is read.
+    inputs = training.open_input(config, mesh)
+
     # ------------------------------------------------------------------------------------------ frozen base
     print(f"{folder.path}: loading {base_path}", flush=True)
     method, base = training.load_method(config, everywhere)
@@ -85,9 +89,6 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
         return training.initial_state({name: start}, optimizer, config)
 
     abstract = jax.eval_shape(initial_state, None)
-
-    # ------------------------------------------------------------------------------------------------ input
-    inputs = training.open_input(config, mesh)
 
     with (
         contextlib.closing(training.run_batches(inputs)) as loader,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ NF4 = np.array(
 )  # fmt: skip
 CONFIG = flux.FluxConfig(
     num_layers=1,
-    num_single_layers=3,
+    num_single_layers=2,
     attention_head_dim=32,
     num_attention_heads=2,
     joint_attention_dim=10,
@@ -61,11 +60,22 @@ def by_hand(weight: np.ndarray, kind: Format) -> np.ndarray:
         kept = np.where(largest > 0, largest, 1).astype(ml_dtypes.bfloat16).astype(np.float32)
         return (nearest * kept).reshape(weight.shape)
     largest = np.abs(weight).max(-1, keepdims=True)
-    # The 255.0 steps of int8 reach from -127.5 to 127.5, whose outermost halves are cut off.
+    # The 255 steps of int8 reach from -127.5 to 127.5, whose outermost halves are cut off.
     scale = np.where(largest > 0, largest / np.float32({"int8": 127.5, "fp8": 448}[kind]), np.float32(1))
     if kind == "fp8":
         return (weight / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
     return np.clip(np.rint(weight / scale), -128, 127) * scale
+
+
+def assert_is(found: Any, weight: Any, kind: Format) -> None:
+    """Number for number what NumPy makes of a weight; of two that are as near, either."""
+    found, weight = np.asarray(found), np.asarray(weight).astype(np.float32)
+    expected = by_hand(weight, kind)
+    # XLA multiplies with the inverse of a constant divisor: a scale may differ in its last bit.
+    other = ~np.isclose(found, expected, rtol=5e-7, atol=0)
+    np.testing.assert_allclose(np.abs(found - weight)[other], np.abs(expected - weight)[other], rtol=1e-4)
+    # Of int8 one number in a row always lies between two: the largest.
+    assert other.sum() <= weight.size // weight.shape[-1]
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -77,15 +87,16 @@ def test_a_weight_and_back_is_what_numpy_makes_of_it(kind: Format, dtype: Any) -
     kept = quantise(weight, kind)
     assert kept.shape == weight.shape
     found = np.asarray(dequantise(kept, jnp.float32))
-    # XLA divides by a constant with the last bit of its inverse.
-    np.testing.assert_allclose(found, by_hand(weight.astype(np.float32), kind), rtol=5e-7, atol=0)
+    assert_is(found, weight, kind)
     rounded = np.asarray(dequantise(kept, jnp.bfloat16))
     np.testing.assert_array_equal(rounded, found.astype(ml_dtypes.bfloat16))
 
 
 def test_the_error_of_fewer_bits_is_larger_and_that_of_int8_is_as_theory_says() -> None:
     weight = random(256, 1024)
-    error = {k: np.sqrt(np.mean((np.asarray(dequantise(quantise(weight, k), jnp.float32)) - weight) ** 2)) for k in FORMATS}
+    error = {
+        k: np.sqrt(np.mean((np.asarray(dequantise(quantise(weight, k), jnp.float32)) - weight) ** 2)) for k in FORMATS
+    }
     assert error["int8"] < error["fp8"] < error["nf4"]
     # Uniform rounding to steps of one scale: variance scale**2 / 12.
     steps = np.abs(weight).max(-1) / 127.5
@@ -110,9 +121,9 @@ def is_weight(leaf: Any) -> bool:
     return isinstance(leaf, Quantised)
 
 
-def in_full(params: layers.Params) -> layers.Params:
-    """The tree with plain float32 weights in place of quantised ones."""
-    return jax.tree.map(lambda x: dequantise(x, jnp.float32) if is_weight(x) else x, params, is_leaf=is_weight)
+def in_full(params: layers.Params, dtype: str = "float32") -> layers.Params:
+    """The tree with plain weights in place of quantised ones."""
+    return jax.tree.map(lambda x: dequantise(x, dtype) if is_weight(x) else x, params, is_leaf=is_weight)
 
 
 @functools.cache
@@ -122,7 +133,8 @@ def adapter() -> lora.Adapter:
     return lora.Adapter(jax.tree.map(lambda leaf: random(*leaf.shape) / 4, fresh.params), fresh.scale)
 
 
-def velocity(component: pipeline.Component, dtype: str = "float32", **options: Any) -> Callable[..., jax.Array]:
+@functools.cache
+def velocity(dtype: str = "float32", config: flux.FluxConfig = CONFIG, **options: Any) -> Callable[..., jax.Array]:
     """Compiled: (parameters, adapter's matrices) -> the velocity of two samples with one condition."""
     condition = omini.Condition(random(2, 12, 12, seed=1), omini.grid_ids(3, 4, index=1), ADAPTER)
     streams = omini.branches(
@@ -130,9 +142,11 @@ def velocity(component: pipeline.Component, dtype: str = "float32", **options: A
         np.array([0.3, 0.9], np.float32), guidance=2.0, conditions=[condition],
     )  # fmt: skip
 
+    graphdef, _ = pipeline.abstract_model(FLUX, config)
+
     @jax.jit
     def run(params: layers.Params, matrices: layers.Params) -> jax.Array:
-        model, acting = layers.bind(component.graphdef, params), {ADAPTER: lora.Adapter(matrices, adapter().scale)}
+        model, acting = layers.bind(graphdef, params), {ADAPTER: lora.Adapter(matrices, adapter().scale)}
         return model(streams, adapters=acting, dtype=jnp.dtype(dtype), **options)
 
     return run
@@ -140,14 +154,14 @@ def velocity(component: pipeline.Component, dtype: str = "float32", **options: A
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_what_is_read_block_by_block_is_the_quantised_file(kind: Format, folder: Path) -> None:
-    """Of bfloat16 files the reference is bfloat16; biases, norms and the linears outside the blocks are as they were."""
+    """Of bfloat16 files the reference is bfloat16; biases, norms and linears outside the blocks are as they were."""
     plain, kept = (flatten(pipeline.load_transformer(folder, quantise=q).params) for q in ("none", kind))
     assert plain.keys() == kept.keys()
     seen = 0
     for name, leaf in plain.items():
         if name.startswith(flux.STACKED) and name.endswith(".weight") and leaf.ndim == 3:
             seen += 1
-            np.testing.assert_allclose(dequantise(kept[name], jnp.float32), by_hand(np.asarray(leaf), kind), rtol=5e-7)
+            assert_is(dequantise(kept[name], jnp.float32), leaf, kind)
         else:
             np.testing.assert_array_equal(kept[name], leaf)
     # Of the published module list: 14 linears of a double block and 6 of a single one.
@@ -156,21 +170,21 @@ def test_what_is_read_block_by_block_is_the_quantised_file(kind: Format, folder:
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "scan"),
-    [("int8", "float32", False), ("fp8", "float32", True), ("nf4", "float32", True), ("nf4", "bfloat16", False)],
+    [("int8", "float32", True), ("fp8", "float32", True), ("nf4", "float32", True), ("nf4", "bfloat16", False)],
 )
 def test_the_model_gives_what_the_same_weights_in_full_give(kind: Format, dtype: str, scan: bool, folder: Path) -> None:
     component = pipeline.load_transformer(folder, dtype=dtype, quantise=kind)
-    run = velocity(component, dtype, scan=scan)
+    run = velocity(dtype, scan=scan)
     found = np.asarray(run(component.params, adapter().params))
-    np.testing.assert_array_equal(found, run(in_full(component.params), adapter().params))
+    np.testing.assert_array_equal(found, run(in_full(component.params, dtype), adapter().params))
     reference = pipeline.load_transformer(folder, dtype=dtype)
     change = np.std(found - np.asarray(run(reference.params, adapter().params))) / np.std(found)
     assert 1e-4 < change < 0.3
 
 
 def test_scanned_and_unrolled_blocks_agree(folder: Path) -> None:
-    component = pipeline.load_transformer(folder, quantise="nf4")
-    one, other = (velocity(component, scan=scan)(component.params, adapter().params) for scan in (True, False))
+    params = pipeline.load_transformer(folder, quantise="nf4").params
+    one, other = (velocity(scan=scan)(params, adapter().params) for scan in (True, False))
     np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
@@ -178,11 +192,11 @@ def test_scanned_and_unrolled_blocks_agree(folder: Path) -> None:
 def test_gradients_reach_the_adapter_as_through_the_same_weights_in_full(
     kind: Format, remat: flux.Remat, folder: Path
 ) -> None:
-    component = pipeline.load_transformer(folder, quantise=kind)
-    run = velocity(component, remat=remat, scan=True)
+    params = pipeline.load_transformer(folder, quantise=kind).params
+    run = velocity(remat=remat, scan=True)
     gradient = jax.jit(jax.grad(lambda matrices, params: jnp.mean(run(params, matrices) ** 2)))
-    found = flatten(gradient(adapter().params, component.params))
-    expected = flatten(gradient(adapter().params, in_full(component.params)))
+    found = flatten(gradient(adapter().params, params))
+    expected = flatten(gradient(adapter().params, in_full(params)))
     for name, value in found.items():
         assert value.dtype == jnp.float32
         assert np.abs(value).max() > 0 or "norm_out" in name, name
@@ -214,22 +228,24 @@ def test_full_size_flux_in_each_format() -> None:
         assert bits / 16 < sizes[kind] / sizes["none"] < bits / 16 + 0.008, kind
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_no_more_than_a_block_is_whole_at_a_time(kind: Format) -> None:
-    """Temporary memory of the compiled forward and backward passes, of a deep model that keeps every activation.
+def test_no_more_than_a_few_blocks_are_whole_at_a_time() -> None:
+    """Temporary memory of a compiled training step of a deep model that keeps every activation.
 
-    Without blocks' weights in full among what the backward pass keeps, it is about that of plain weights.
+    What it takes beyond that of plain weights would be all blocks if the forward pass made them whole beforehand, or
+    the backward pass kept them.
     """
-    deep = dataclasses.replace(CONFIG, num_single_layers=12, num_attention_heads=4)
+    deep = dataclasses.replace(CONFIG, num_single_layers=24, num_attention_heads=4)
+    run = velocity(config=deep, scan=True)
+    step = jax.jit(jax.grad(lambda matrices, params: jnp.mean(run(params, matrices))))
     memory = {}
-    for name in ("none", kind):
-        graphdef, shapes = pipeline.abstract_model(FLUX, deep, quantise=name)
-        matrices = lora.initialize(jax.random.key(0), shapes, rank=1, alpha=1, stacked=flux.STACKED).params
-        run = velocity(types.SimpleNamespace(graphdef=graphdef), scan=True)
-        lowered = jax.jit(jax.grad(lambda m, p, run=run: jnp.mean(run(p, m)))).lower(matrices, shapes)
-        memory[name] = lowered.compile().memory_analysis().temp_size_in_bytes
-    block = max(4 * x.size // x.shape[0] for x in jax.tree.leaves(shapes["single_transformer_blocks"]))
-    assert memory[kind] < memory["none"] + 4 * block
+    for kind in ("none", "nf4"):
+        _, shapes = pipeline.abstract_model(FLUX, deep, quantise=kind)
+        make = functools.partial(lora.initialize, params=shapes, rank=1, alpha=1, stacked=flux.STACKED)
+        matrices = jax.eval_shape(make, jax.random.key(0)).params
+        memory[kind] = step.lower(matrices, shapes).compile().memory_analysis().temp_size_in_bytes
+    plain = pipeline.abstract_model(FLUX, deep)[1]["single_transformer_blocks"]
+    block = sum(4 * x.size for x in jax.tree.leaves(plain)) // 24
+    assert memory["nf4"] - memory["none"] < 5 * block
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -268,11 +284,11 @@ def test_metadata_of_older_files_say_none() -> None:
 
 
 def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
-    root = fixtures.prepared_root()
+    fixtures.write_base(tmp_path / "base")
     with pytest.raises(UserError, match=r"base\.quantise: found 'int4', expected one of none, int8, fp8, nf4$"):
-        fixtures.config(root, base__quantise="int4")
+        fixtures.config(tmp_path, base__quantise="int4")
     with pytest.raises(UserError, match=r"base\.quantise: found 'int4', expected one of none, int8, fp8, nf4$"):
-        api.load(root / "base", conditioning=config.Conditioning(size=32), quantise="int4")
+        api.load(tmp_path / "base", conditioning=config.Conditioning(size=32), quantise="int4")
     wrong = r"base\.quantise: found nf4 for \S+ with 32 inputs, expected a multiple of 64; int8 and fp8 take any$"
     with pytest.raises(UserError, match=wrong):
-        config.check_inputs(fixtures.config(root, base__quantise="nf4"), "train")
+        config.check_method(fixtures.config(tmp_path, base__quantise="nf4"))

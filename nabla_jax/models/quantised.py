@@ -34,8 +34,10 @@ class Quantised:
     """A weight [..., out, in] as codes and scales; both are leaves of the tree it stands in.
 
     Attributes:
-      codes: int8 or float8_e4m3fn [..., out, in]; of nf4 uint8 [..., out, in / 2], two codes a byte, the first one in
-        the low bits. Not uint4: some devices give each such number a byte of its own.
+      codes: of int8 int8 [..., out, in]; of fp8 uint8 [..., out, in], the bits of the numbers; of nf4 uint8
+        [..., out, in / 2], two codes a byte, the first one in the low bits. Bytes because devices differ in what they
+        make of smaller types: some give every uint4 a byte, XLA's CPU compiler keeps a float16 copy of a whole stack
+        of float8.
       scale: float32 [..., out, 1]; of nf4 bfloat16 [..., out, in / 64].
       format: static.
     """
@@ -101,8 +103,10 @@ def quantise(weight: jax.Array, kind: Format) -> Quantised:
     made = qwix.quantize(
         weight.astype(jnp.float32), _TYPES[kind], channelwise_axes=tuple(range(last)), tiled_axes=tiled
     )
-    if kind != "nf4":
+    if kind == "int8":
         return Quantised(made.qvalue, made.scale, kind)
+    if kind == "fp8":
+        return Quantised(jax.lax.bitcast_convert_type(made.qvalue, jnp.uint8), made.scale, kind)
     codes = made.qvalue.astype(jnp.uint8)
     return Quantised(codes[..., 0::2] | codes[..., 1::2] << 4, made.scale.astype(jnp.bfloat16), kind)
 
@@ -112,6 +116,8 @@ def dequantise(weight: Quantised, dtype: DTypeLike) -> jax.Array:
     import qwix
 
     codes = weight.codes
+    if weight.format == "fp8":
+        codes = jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn)
     if weight.format == "nf4":
         codes = jnp.stack([codes & 15, codes >> 4], axis=-1).reshape(weight.shape)
     array = qwix.QArray(codes, weight.scale.astype(jnp.float32), None, _TYPES[weight.format])
