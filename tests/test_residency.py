@@ -70,7 +70,7 @@ def test_training_on_pictures_that_are_encoded_when_drawn(tmp_path: Path, monkey
     def stop(*_: Any) -> None:
         raise Enough
 
-    fixtures.write_small_world(tmp_path / "world", images=36)
+    fixtures.write_small_world(tmp_path / "world", images=76)
     overrides: dict[str, Any] = {"train__workdir": str(tmp_path / "run"), "base__path": "asset:toy-flux-kontext"}
     overrides |= {"data__mode": "on_the_fly", "data__prepared": str(tmp_path / "none")}
     monkeypatch.setattr(training, "run_batches", stop)

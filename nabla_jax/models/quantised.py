@@ -71,8 +71,8 @@ def abstract(params: dict[str, Any], kind: Format, stacked: tuple[str, ...]) -> 
 
     Those [L, out, in] below a ``stacked`` name are nearly all of a deep model. Biases and norms stay: they are few,
     and are added or multiplied where every bit counts. So do the linears outside the stacks: those at the ends of the
-    model compute in float32 because what they read or predict must not be rounded, and all of them together are one
-    part in two hundred.
+    model compute in float32 because what they read or predict must not be rounded, and all of them together are less
+    than one part in a hundred of FLUX.1.
 
     Raises UserError for nf4 where rows cannot be cut into tiles.
     """
