@@ -70,9 +70,9 @@ def abstract(params: dict[str, Any], kind: Format, stacked: tuple[str, ...]) -> 
     """A tree of ``jax.ShapeDtypeStruct`` with the weights of stacked linears quantised.
 
     Those [L, out, in] below a ``stacked`` name are nearly all of a deep model. Biases and norms stay: they are few,
-    and are added or multiplied where every bit counts. So do the linears outside the stacks: those at the ends of the
-    model compute in float32 because what they read or predict must not be rounded, and all of them together are less
-    than one part in a hundred of FLUX.1.
+    and are added or multiplied where every bit counts. So do the linears outside the stacks: an error in what they make
+    of noisy tokens and times, or of the velocity, is made up for by nothing, and all of them together are less than one
+    part in a hundred of FLUX.1.
 
     Raises UserError for nf4 where rows cannot be cut into tiles.
     """
