@@ -140,7 +140,7 @@ def _product(x: jax.Array, weight: jax.Array | Quantised, dtype: DTypeLike) -> j
     if not isinstance(weight, Quantised):
         return multiply(x, weight)
     # The backward pass multiplies by W again: without this it would keep every block's whole weights until then.
-    return jax.checkpoint(multiply)(x, weight)  # type: ignore[no-any-return]
+    return jax.checkpoint(multiply)(x, weight)
 
 
 class LowRank(NamedTuple):

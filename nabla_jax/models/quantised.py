@@ -89,7 +89,7 @@ def abstract(params: dict[str, Any], kind: Format, stacked: tuple[str, ...]) -> 
             )
         return jax.eval_shape(functools.partial(quantise, kind=kind), leaf)
 
-    return jax.tree_util.tree_map_with_path(replaced, params)  # type: ignore[no-any-return]
+    return jax.tree_util.tree_map_with_path(replaced, params)
 
 
 @functools.partial(jax.jit, static_argnames="kind")
