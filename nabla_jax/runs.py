@@ -352,7 +352,7 @@ def _check_same(folder: RunFolder, resolved: Mapping[str, Any]) -> None:
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
         and key not in CONTINUABLE
-        and not key.startswith(("benchmarks", "extract.", "metrics."))
+        and not key.startswith(("benchmarks", "extract.", "mesh.", "metrics."))
     ]
     if differing:
         raise UserError(

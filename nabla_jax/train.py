@@ -8,6 +8,7 @@ bit as if it had never stopped. A finished run is left alone.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 
 from nabla_jax import config as configs
@@ -52,12 +53,12 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
     from nabla_jax.checkpoints.run_state import RunState
     from nabla_jax.models import flux, layers, lora
     from nabla_jax.parallel import mesh as meshes
+    from nabla_jax.parallel import rules
 
     settings, name = config.train, config.lora.name
 
     # ----------------------------------------------------------------------------------------- mesh, checks
-    mesh = meshes.data_mesh()
-    everywhere = meshes.replicated(mesh)
+    mesh = meshes.make_mesh(dataclasses.asdict(config.mesh))
     meshes.check_batch(settings.batch, mesh, "train.batch")
     runs.write_environment(folder.environment, {"devices": [str(device) for device in jax.devices()]})
     base_path = configs.resolve_base(config)
@@ -70,11 +71,11 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
 
     # ------------------------------------------------------------------------------------------ frozen base
     print(f"{folder.path}: loading {base_path}", flush=True)
-    method, base = training.load_method(config, everywhere)
+    method, base = training.load_method(config, mesh)
 
     # --------------------------------------------------------------------------------------- abstract state
     optimizer = optim.make(config.optim, config.lora.dtype)
-    frozen = jax.device_put(frozen, everywhere)
+    frozen = jax.device_put(frozen, rules.shardings(frozen, mesh))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base)
 
     def initial_state(start: layers.Params | None) -> training.State:
@@ -85,6 +86,7 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
         return training.initial_state({name: start}, optimizer, config)
 
     abstract = jax.eval_shape(initial_state, None)
+    shardings = rules.shardings(abstract, mesh)
 
     # ------------------------------------------------------------------------------------------------ input
     inputs = training.open_input(config, mesh)
@@ -99,11 +101,11 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
         saved.check_room(abstract)
         start = saved.latest() or 0
         if start:
-            state, position = saved.restore(start, abstract, everywhere)
+            state, position = saved.restore(start, abstract, shardings)
             loader.set_state(position["loader"])
             print(f"{folder.path}: continuing after step {start}", flush=True)
         else:
-            state = jax.jit(initial_state, out_shardings=everywhere)(start_adapter)
+            state = jax.jit(initial_state, out_shardings=shardings)(start_adapter)
         del start_adapter
         metrics = runs.JsonLines(folder.metrics)
         # Rows beyond the checkpoint are made again; a row that was written only for being a run's last goes
@@ -113,7 +115,7 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
         sheet = training.SampleSheet(inputs, method, folder.samples, mesh)
 
         # ------------------------------------------------------------------------------------ compiled step
-        train_step = training.make_step(method, optimizer, config)
+        train_step = training.make_step(method, optimizer, config, shardings)
         clock = training.StepClock()
         # The values of the newest step: read only once the following step runs, so that the device never
         # waits.

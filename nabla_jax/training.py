@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from nabla_jax import api, diptychs, optim, reposing, runs
 from nabla_jax.checkpoints import adapters as adapter_files
@@ -28,7 +28,7 @@ from nabla_jax.models import flux, layers, lora
 from nabla_jax.models.autoencoder import AutoencoderKLConfig
 from nabla_jax.models.lora import Adapter
 from nabla_jax.parallel import mesh as meshes
-from nabla_jax.parallel import processes
+from nabla_jax.parallel import processes, rules
 from nabla_jax.prepare import captions_of, load_encoders, pictures_per_call, pictures_source, stored_moments
 
 State = dict[str, Any]
@@ -37,13 +37,15 @@ Values = dict[str, jax.Array]
 BATCH_KEYS = ("target", "subject", "control", "mask", "prompt_embeds", "pooled", "sample")
 
 
-def load_method(config: Config, sharding: NamedSharding) -> tuple[reposing.Method, layers.Params]:
+def load_method(config: Config, mesh: Mesh) -> tuple[reposing.Method, layers.Params]:
     """The frozen transformer on the mesh and the static part of its forward pass.
 
-    Raises UserError for weights that do not fit their configuration.
+    Raises UserError for weights that do not fit their configuration, or heads that do not fit the mesh.
     """
     folder = resolve_base(config)
-    transformer = pipeline.load_transformer(folder, dtype=jnp.dtype(config.train.dtype), sharding=sharding)
+    rules.check_heads(pipeline.transformer_config(folder).num_attention_heads, mesh, folder)
+    place = functools.partial(rules.shardings, mesh=mesh)
+    transformer = pipeline.load_transformer(folder, dtype=jnp.dtype(config.train.dtype), sharding=place)
     vae_config = AutoencoderKLConfig.from_json(folder / "vae" / "config.json")
     method = api.make_method(
         transformer,
@@ -233,9 +235,11 @@ def composed(
 
 
 def make_step(
-    method: reposing.Method, optimizer: optax.GradientTransformation, config: Config
+    method: reposing.Method, optimizer: optax.GradientTransformation, config: Config, shardings: Any = None
 ) -> Callable[..., tuple[State, Values]]:
     """The compiled step (state, frozen base, batch[, frozen adapters]) -> (state, values); the state is donated.
+
+    ``shardings``, a tree like the state, says how the new one lies; it should lie as the old one did.
 
     The state holds ``adapters`` {name: tree}, ``optimizer``, ``step`` and, with ``train.ema``, the adapters' running
     ``average``; values are the scalars ``loss``, ``grad_norm`` (before clipping) and, for Prodigy, its distance
@@ -271,7 +275,7 @@ def make_step(
             following["average"] = optax.incremental_update(adapters, state["average"], 1 - decay)
         return following, values
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
 
 
 def initial_state(adapters: dict[str, layers.Params], optimizer: optax.GradientTransformation, config: Config) -> State:
@@ -397,7 +401,8 @@ class SampleSheet:
     def draw(self, base: layers.Params, adapters: dict[str, Adapter], step: int) -> Path:
         """Writes ``step_N.png``."""
         count = min(self._config.sample.batch, self.ROWS)
-        count = max(count // self._mesh.size, 1) * self._mesh.size
+        parts = meshes.batch_parts(self._mesh)
+        count = max(count // parts, 1) * parts
         if self._reposer is None:
             with contextlib.closing(self._inputs.batches(count, self._config.sample.seed)) as loader:
                 batch, encoder = next(loader), self._inputs.diptychs

@@ -1,12 +1,14 @@
 """Device meshes."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nabla_jax.errors import UserError
+from nabla_jax.models.partitioning import AXES, BATCH, DATA
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -15,14 +17,34 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices along ``partitioning.AXES``; ``data`` 0 stands for what the others leave.
+
+    Raises UserError unless the product of the sizes is the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = {axis: sizes[axis] for axis in AXES}
+    others = math.prod(size for axis, size in shape.items() if axis != DATA)
+    shape[DATA] = shape[DATA] or max(len(devices) // others, 1)
+    if math.prod(shape.values()) != len(devices):
+        said = ", ".join(f"{axis} {sizes[axis]}" for axis in AXES)
+        raise UserError(f"mesh: found {said}, expected sizes whose product is the {len(devices)} devices")
+    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts the batch is cut."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in BATCH)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same value on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batched(mesh: Mesh) -> NamedSharding:
-    """The leading axis cut over ``data``."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """The leading axis cut by ``partitioning.BATCH``."""
+    return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in BATCH if axis in mesh.shape)))
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
@@ -41,6 +63,8 @@ def put_replicated(tree: Any, mesh: Mesh) -> Any:
 
 
 def check_batch(batch: int, mesh: Mesh, key: str) -> None:
-    """Raises UserError unless the devices divide the batch."""
-    if batch % mesh.size:
-        raise UserError(f"{key}: found {batch}, expected a multiple of the {mesh.size} devices")
+    """Raises UserError unless the mesh divides the batch."""
+    parts = batch_parts(mesh)
+    if batch % parts:
+        what = "devices" if parts == mesh.size else "parts of the mesh's data and fsdp"
+        raise UserError(f"{key}: found {batch}, expected a multiple of the {parts} {what}")
