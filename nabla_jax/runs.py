@@ -119,11 +119,14 @@ class StopSignals:
         self.signum = signum
 
 
-def progress(total: int, what: str, *, done: int = 0, unit: str = "it") -> Any:
+def progress(total: int, what: str, *, done: int = 0, unit: str = "it", shown: bool = True) -> Any:
     """A progress bar with rate and time left on stderr, as a context manager; ``update(n)`` advances it."""
     from tqdm import tqdm
 
-    return tqdm(total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, mininterval=0.5, smoothing=0.1)
+    return tqdm(
+        total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, mininterval=0.5, smoothing=0.1,
+        disable=not shown,
+    )  # fmt: skip
 
 
 def track(items: Iterable[T], what: str, *, total: int | None = None, unit: str = "it") -> Iterator[T]:
@@ -327,6 +330,12 @@ def open_run(config: configs.Config, sha256: Mapping[str, str] | None = None) ->
             _check_same(folder, resolved)
         write_json(folder.config, resolved)
         yield folder
+
+
+@contextlib.contextmanager
+def join_run(config: configs.Config) -> Iterator[RunFolder]:
+    """The run folder ``train.workdir``, which another process of the same run has opened."""
+    yield RunFolder(Path(config.train.workdir))
 
 
 @contextlib.contextmanager
