@@ -31,7 +31,8 @@ def assert_same_training(run: Path, other: Path, step: int) -> None:
     here, there = (load_file(runs.RunFolder(r).adapter(step, "fill")) for r in (run, other))
     assert here.keys() == there.keys()
     for name, value in here.items():
-        np.testing.assert_allclose(value, there[name], rtol=0, atol=1e-5 * np.abs(value).max() + 1e-9, err_msg=name)
+        # Prodigy divides by the root of squared gradients: the noise of a tiny one moves its element like a large one.
+        assert np.linalg.norm(value - there[name]) <= 1e-4 * np.linalg.norm(there[name]), name
 
 
 def test_a_run_goes_on_with_another_mesh(tmp_path: Path) -> None:
