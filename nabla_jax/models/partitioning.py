@@ -8,6 +8,7 @@ device, and for axes that a mesh does not have, nothing here does anything.
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
 DATA, FSDP, TENSOR, SEQUENCE = "data", "fsdp", "tensor", "sequence"
@@ -75,10 +76,7 @@ def attend_locally(attend: Attend, q: jax.Array, k: jax.Array, v: jax.Array, val
     length = q.shape[1]
     missing = -length % mesh.shape.get(SEQUENCE, 1)
     if missing:
-        q = jax.numpy.pad(q, ((0, 0), (0, missing), (0, 0), (0, 0)))
+        q = jnp.pad(q, ((0, 0), (0, missing), (0, 0), (0, 0)))
     queries, keys = spec(mesh, BATCH, SEQUENCE, TENSOR, None), spec(mesh, BATCH, None, TENSOR, None)
-    arguments, cut = (q, k, v), (queries, keys, keys)
-    if valid is None:
-        return jax.shard_map(lambda *x: attend(*x, None), in_specs=cut, out_specs=queries)(*arguments)[:, :length]
-    run = jax.shard_map(attend, in_specs=(*cut, spec(mesh, BATCH, None)), out_specs=queries)
-    return run(*arguments, valid)[:, :length]
+    cut = (queries, keys, keys, None if valid is None else spec(mesh, BATCH, None))
+    return jax.shard_map(attend, in_specs=cut, out_specs=queries)(q, k, v, valid)[:, :length]
