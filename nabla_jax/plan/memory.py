@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import math
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -57,7 +57,7 @@ def sizes(config: Config, found: Networks, pictures: int) -> Sizes:
     saves = math.ceil(config.train.steps / config.train.save_every)
     return Sizes(
         base=tree_bytes(found.base),
-        vae=tree_bytes(found.vae),
+        vae=tree_bytes(found.vae.params),
         text_encoders=tree_bytes((found.clip, found.t5)),
         redux=tree_bytes(found.redux),
         adapters=adapters,
@@ -112,33 +112,38 @@ class Activations:
         return self.saved + self.block + self.batch
 
 
-def activations(config: Config, found: Networks, remat: str | None = None) -> Activations:
-    """Traces the loss of one sample with ``train.remat``, or another policy, and looks at what its gradient keeps."""
-    policy = cast(flux.Remat, config.train.remat if remat is None else remat)
-    batch = networks.batch_shapes(config, found.architecture, 1)
-    kept = _saved(config, found, policy, found.architecture.transformer)
-    if policy == "none":
-        return Activations(kept, _one_block(config, found) // 4, tree_bytes(batch))
-    if policy == "offload":
-        # What is offloaded lies on the host.
-        kept = _saved(config, found, "full", found.architecture.transformer)
-    return Activations(kept, _one_block(config, found), tree_bytes(batch))
+def activations(config: Config, found: Networks, remat: flux.Remat, block: int) -> Activations:
+    """Traces the loss of one sample with a policy and looks at what its gradient keeps; for ``block`` see
+    ``block_bytes``.
+    """
+    # What is offloaded lies on the host: the device keeps what it keeps when everything is computed again.
+    policy: flux.Remat = "full" if remat == "offload" else remat
+    kept = _saved(config, found, policy)
+    batch = tree_bytes(networks.batch_shapes(config, found.architecture, 1))
+    # Nothing of a block is made again where all is kept, but gradients of the widest of it are there for a while.
+    return Activations(kept, block // 4 if remat == "none" else block, batch)
 
 
-def _one_block(config: Config, found: Networks) -> int:
-    """What the larger kind of block keeps when it keeps everything: models of one and of two such blocks differ by it."""
-    model = found.architecture.transformer
-    depths = ((1, 1), (2, 1), (1, 2))
-    shallow = [
-        _saved(config, found, "none", dataclasses.replace(model, num_layers=double, num_single_layers=single))
-        for double, single in depths
-    ]
-    return max(shallow[1], shallow[2]) - shallow[0]
+def block_bytes(config: Config, found: Networks) -> int:
+    """What one block of the kind that takes more keeps of one sample when it keeps everything."""
+    # Models of one and of two such blocks differ by it.
+    one, double, single = (_saved(config, _shallow(found, *d), "none") for d in ((1, 1), (2, 1), (1, 2)))
+    return max(double, single) - one
 
 
-def _saved(config: Config, found: Networks, remat: flux.Remat, model: flux.FluxConfig) -> int:
-    if model != found.architecture.transformer:
-        found = networks.make(config, dataclasses.replace(found.architecture, transformer=model))
+def _shallow(found: Networks, double: int, single: int) -> Networks:
+    """The same run with fewer blocks of each kind."""
+    depths = dict(zip(flux.STACKED, (double, single), strict=True))
+
+    def cut(path: tuple[Any, ...], leaf: Any) -> Any:
+        depth = next((depths[key.key] for key in path if getattr(key, "key", None) in depths), None)
+        return leaf if depth is None else jax.ShapeDtypeStruct((depth, *leaf.shape[1:]), leaf.dtype)
+
+    trees = {name: getattr(found, name) for name in ("base", "state", "frozen")}
+    return dataclasses.replace(found, **{n: jax.tree_util.tree_map_with_path(cut, t) for n, t in trees.items()})
+
+
+def _saved(config: Config, found: Networks, remat: flux.Remat) -> int:
     method = dataclasses.replace(found.method, remat=remat)
     batch = networks.batch_shapes(config, found.architecture, 1)
 
@@ -179,17 +184,15 @@ def per_device(
 ) -> PerDevice:  # fmt: skip
     """What one device of a mesh holds when ``train.batch`` is cut over data and fsdp.
 
-    ``base_specs`` and ``state_specs``: a ``PartitionSpec`` for each leaf; by default the base is cut evenly over fsdp
-    and tensor, and the state is whole on every device.
+    ``base_specs`` and ``state_specs``: a ``PartitionSpec`` for each leaf; by default matrices are cut evenly over
+    fsdp and tensor.
     """
-    whole = jax.sharding.PartitionSpec()
     base_specs = meshes.even_specs(found.base, mesh) if base_specs is None else base_specs
-    state_specs = whole if state_specs is None else state_specs
-    adapter_specs = whole if state_specs is whole else state_specs["adapters"]
+    state_specs = meshes.even_specs(found.state, mesh) if state_specs is None else state_specs
     rows = -(-config.train.batch // (mesh["data"] * mesh["fsdp"]))
     others = tree_bytes(found.frozen)
     if config.train.sample_every or config.conditioning.method == "insert":
-        others += tree_bytes(found.vae)
+        others += tree_bytes(found.vae.params)
     others += tree_bytes(found.redux)
     gathered = 0
     if mesh["fsdp"] > 1:
@@ -203,7 +206,7 @@ def per_device(
     return PerDevice(
         base=sharded_bytes(found.base, base_specs, mesh),
         state=sharded_bytes(found.state, state_specs, mesh),
-        gradients=sharded_bytes(found.state["adapters"], adapter_specs, mesh),
+        gradients=sharded_bytes(found.state["adapters"], state_specs["adapters"], mesh),
         others=others,
         gathered=gathered,
         activations=rows * (each.saved // mesh["sequence"] + inside + each.batch),

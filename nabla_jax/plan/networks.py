@@ -56,7 +56,7 @@ class Networks:
     Attributes:
       method: the static part of the training step's forward pass.
       base: the frozen transformer, in ``train.dtype``.
-      vae: float32, as training and sampling hold it.
+      vae: its graph and its parameters in float32, as training and sampling hold it.
       clip, t5: bfloat16, as accelerators hold them.
       redux: in ``train.dtype``, or None.
       state: what a checkpoint holds, see ``training.make_step``.
@@ -67,7 +67,7 @@ class Networks:
     architecture: Architecture
     method: reposing.Method
     base: layers.Params
-    vae: layers.Params
+    vae: pipeline.Component
     clip: layers.Params
     t5: layers.Params
     redux: layers.Params | None
@@ -151,7 +151,7 @@ def make(config: Config, architecture: Architecture) -> Networks:
         architecture=found,
         method=method,
         base=base,
-        vae=layers.abstract(lambda rngs: AutoencoderKL(found.vae, rngs=rngs))[1],
+        vae=pipeline.Component(found.vae, *layers.abstract(lambda rngs: AutoencoderKL(found.vae, rngs=rngs))),
         clip=layers.abstract(lambda rngs: clip.CLIPText(found.clip, rngs=rngs, dtype=half))[1],
         t5=layers.abstract(lambda rngs: t5.T5Encoder(found.t5, rngs=rngs, dtype=half))[1],
         redux=layers.abstract(lambda rngs: redux.Redux(prompts, rngs=rngs, dtype=dtype))[1] if prompts else None,
@@ -165,11 +165,13 @@ def _frozen(config: Config, base: layers.Params) -> dict[str, lora.Adapter]:
     if not config.lora.frozen:
         return {}
     metadata = adapter_files.read_metadata(api.find_adapter(config.lora.frozen))
-    # rank and alpha are only shapes and a factor here: what acts is float32, whatever the file holds.
-    make_one = lambda: lora.initialize(  # noqa: E731
-        jax.random.key(0), base, rank=metadata.rank, alpha=metadata.alpha, stacked=flux.STACKED
-    )
-    return {config.lora.name: jax.eval_shape(make_one)}
+
+    def fresh() -> lora.Adapter:
+        # What acts is float32, whatever the file holds.
+        key = jax.random.key(0)
+        return lora.initialize(key, base, rank=metadata.rank, alpha=metadata.alpha, stacked=flux.STACKED)
+
+    return {config.lora.name: jax.eval_shape(fresh)}
 
 
 def latent_side(config: Config, architecture: Architecture) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from nabla_jax.config import Config
 from nabla_jax.models import flux
 from nabla_jax.plan import flops
 from nabla_jax.plan.machines import Device
-from nabla_jax.plan.memory import PerDevice
+from nabla_jax.plan.memory import PerDevice, Sizes
 from nabla_jax.plan.meshes import MeshShape
 
 
@@ -95,28 +95,18 @@ def seconds(device: Device, operations: float, moved: float, sent: float, utilis
     return Seconds(operations / (device.peak * utilisation), moved / device.bandwidth, sent / device.link)
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One training step on a mesh, for one device."""
-
-    operations: float
-    moved: float
-    sent: Collectives
-    seconds: Seconds
-
-
 def training_step(
     config: Config, model: flux.FluxConfig, work: flops.Training, tokens: int, mesh: MeshShape, held: PerDevice,
-    sizes: "flux.Any", device: Device, utilisation: float,
-) -> Step:  # fmt: skip
-    """One step of ``train.batch`` samples, cut over all axes of the mesh."""
-    devices = mesh["data"] * mesh["fsdp"] * mesh["tensor"] * mesh["sequence"]
-    rows = -(-config.train.batch // (mesh["data"] * mesh["fsdp"]))
-    operations = rows * work.hardware / (devices / (mesh["data"] * mesh["fsdp"]))
+    stored: Sizes, device: Device, utilisation: float,
+) -> tuple[Seconds, Collectives]:  # fmt: skip
+    """One step of ``train.batch`` samples of so many tokens, cut over all axes of the mesh, for one device."""
+    parts = mesh["data"] * mesh["fsdp"]
+    rows = -(-config.train.batch // parts)
     sent = collectives(
-        mesh, base_bytes=sizes.base, gradient_bytes=sizes.gradients, tokens=rows * tokens, model=model,
+        mesh, base_bytes=stored.base, gradient_bytes=stored.gradients, tokens=rows * tokens, model=model,
         itemsize=2 if config.train.dtype == "bfloat16" else 4, passes=2, backward=True,
     )  # fmt: skip
-    # Weights are read in both passes; the state is read and written; what is saved is written and read.
-    moved = 2 * sizes.base / mesh["tensor"] + 2 * held.state + 2 * held.gradients + 2 * held.activations
-    return Step(operations, moved, sent, seconds(device, operations, moved, sent.total, utilisation))
+    # Weights are read in both passes, what is saved and the state are written and read.
+    moved = 2 * stored.base / mesh["tensor"] + 2 * (held.state + held.gradients + held.activations)
+    operations = rows * work.hardware / (mesh["tensor"] * mesh["sequence"])
+    return seconds(device, operations, moved, sent.total, utilisation), sent
