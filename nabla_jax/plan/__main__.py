@@ -161,7 +161,10 @@ def verdict(plan: "Plan", nearest: "Plan | None") -> str:
 
     if plan.fits:
         return f"fits: about {size(plan.held.total)} of {size(plan.room)} on each device"
-    why = plan.problem or f"about {size(plan.held.total)} of {size(plan.room)} on each device"
+    reasons = [plan.problem] if plan.problem else []
+    if plan.held.total > plan.room:
+        reasons.append(f"about {size(plan.held.total)} of {size(plan.room)} on each device")
+    why = "; ".join(reasons)
     if nearest is None:
         return f"does not fit: {why}; nor does anything that is offered"
     return f"does not fit: {why}\nfits with: {' '.join(planning.changes(plan, nearest))}"

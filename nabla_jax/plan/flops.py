@@ -146,9 +146,11 @@ def forward(config: FluxConfig, found: Sequence[Stream], output: int = 1) -> Wor
     for group in (group for group in shared if group):
         embedders = 2 if config.guidance_embeds else 1
         vector = embedders * (_SINUSOID * width + width**2) + config.pooled_projection_dim * width + width**2
-        kinds, adapters = len({s.text for s in group}), len({s.rank for s in group})
-        vector += width**2 * (6 * kinds * double + 3 * adapters * single)
-        work = _add(work, ends=2.0 * vector)
+        kinds, ranks = len({s.text for s in group}), {s.rank for s in group}
+        vector += width**2 * (6 * kinds * double + 3 * len(ranks) * single)
+        # One row a sample through the adapted modulations: the pictures' of double blocks, all of single ones.
+        rows = (7 * double + 4 * single) * width
+        work = _add(work, ends=2.0 * vector, adapter=2.0 * sum(ranks) * rows)
     if output >= 0:
         last = 2.0 * found[output].tokens * width * config.velocity_channels
         work = _add(work, ends=last + 4.0 * width**2, output=last)
@@ -167,9 +169,7 @@ def _adapter(config: FluxConfig, stream: Stream) -> float:
     if not stream.text:
         # Queries, keys, values, output and the MLP's second linear; the pictures' alone are adapted.
         sides += double * (4 * 2 + 5) * width + config.in_channels + width
-    # One row a sample: the modulations.
-    rows = (4 * single + (0 if stream.text else 7 * double)) * width
-    return 2.0 * stream.rank * (stream.tokens * sides + rows)
+    return 2.0 * stream.rank * stream.tokens * sides
 
 
 def training(work: Work, remat: Remat, kernel: Kernel = "flash") -> Training:

@@ -9,7 +9,7 @@ from nabla_jax.errors import UserError
 from nabla_jax.models import flux, layers
 from nabla_jax.plan import count, flops, machines, memory, networks, roofline
 from nabla_jax.plan.machines import Topology
-from nabla_jax.plan.meshes import MeshShape, mesh_text
+from nabla_jax.plan.meshes import AXES, MeshShape
 from nabla_jax.plan.networks import Networks, Shape
 
 EVALUATION = {"nabla": 9_518, "inat-seen": 1_354, "inat-unseen": 792}
@@ -191,9 +191,7 @@ def changes(plan: Plan, other: Plan) -> list[str]:
     found += _accumulation(plan.config.train.batch, other.config)
     if plan.topology != other.topology:
         found.append(f"topology={other.topology.name}")
-    if dict(plan.mesh) != dict(other.mesh):
-        found.append(f"mesh={mesh_text(other.mesh)}")
-    return found
+    return found + [f"mesh.{axis}={other.mesh[axis]}" for axis in AXES if plan.mesh[axis] != other.mesh[axis]]
 
 
 def _accumulation(batch: int, config: Config) -> list[str]:
