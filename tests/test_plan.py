@@ -26,7 +26,6 @@ TINY = flux.FluxConfig(
     num_layers=1, num_single_layers=1, attention_head_dim=32, num_attention_heads=4, joint_attention_dim=64,
     pooled_projection_dim=64, guidance_embeds=True, axes_dims_rope=(8, 12, 12),
 )  # fmt: skip
-MEBI = 2**20
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +43,9 @@ def one(planner: planning.Planner, **options: Any) -> planning.Plan:
 def test_the_base_has_as_many_bytes_as_its_files(planner: planning.Planner) -> None:
     folder, stored = assets.resolve("asset:toy-flux-kontext"), one(planner).sizes
     for part, found in (("transformer", stored.base), ("vae", stored.vae)):
-        entries = read_header(folder / part).entries.values()
+        entries = read_header(folder / part).tensors.values()
         assert found == 4 * sum(math.prod(entry.shape) for entry in entries)
-    encoders = [read_header(folder / part).entries.values() for part in ("text_encoder", "text_encoder_2")]
+    encoders = [read_header(folder / part).tensors.values() for part in ("text_encoder", "text_encoder_2")]
     assert stored.text_encoders == 2 * sum(math.prod(entry.shape) for part in encoders for entry in part)
 
 
@@ -54,18 +53,12 @@ def test_published_sizes_are_known_without_their_folder() -> None:
     config = configs.load("configs/omk_keypoints.py")
     found = networks.read_architecture(config)
     assert found.published == ("checkpoints/FLUX.1-Kontext-dev",) and found.kontext
-    graph = networks.make(config, dataclasses.replace(found, t5=planning_t5(), vae=tiny_vae()))
+    # Text encoders and autoencoder of few layers: they are no part of what is looked at.
+    embedded = networks.read_architecture(configs.load(EMBEDDED))
+    graph = networks.make(config, dataclasses.replace(embedded, transformer=found.transformer))
     # 11.90 B parameters in bfloat16; rank 16 is 57.95 M parameters in float32.
     assert meshes.tree_bytes(graph.base) == pytest.approx(2 * 11.90e9, rel=1e-3)
     assert meshes.tree_bytes(graph.state["adapters"]) == pytest.approx(4 * 57.95e6, rel=1e-3)
-
-
-def planning_t5() -> Any:
-    return dataclasses.replace(networks.t5.T5Config.xxl(), num_layers=1)
-
-
-def tiny_vae() -> Any:
-    return dataclasses.replace(networks.AutoencoderKLConfig.flux(), layers_per_block=1)
 
 
 @pytest.mark.parametrize("name", ["prodigy", "adamw"])
@@ -89,7 +82,11 @@ def test_records_are_as_large_as_those_on_disk(planner: planning.Planner, tmp_pa
     records = []
     for i in range(40):
         meta = {"id": f"{i:036d}", "class_id": "0817", "caption": 0, "index": i, "made": "f" * 64}
-        for role, arrays in (("target", {"mask": np.ones((side, side), np.uint8)}), ("subject", {}), ("control_fill", {})):
+        for role, arrays in (
+            ("target", {"mask": np.ones((side, side), np.uint8)}),
+            ("subject", {}),
+            ("control_fill", {}),
+        ):
             records.append(encode_record(meta | {"role": role}, moments | arrays))
     path = tmp_path / "shard.array_record"
     write_shard(path, records)
@@ -127,11 +124,12 @@ def test_saved_bytes_are_what_the_gradient_reads() -> None:
             x = jnp.tanh(x @ w)
         return x.sum()
 
-    # One result of tanh a layer, [4, 8] float32; the weights and the first input are arguments.
-    assert count.saved_bytes(deep, weights, x) >= 2 * 4 * 8 * 4
+    # Of each layer but the last its result, [4, 8] float32, for the weights of the next; of all of them tanh's slope.
+    assert 2 * 4 * 8 * 4 <= count.saved_bytes(deep, weights, x) <= 6 * 4 * 8 * 4
+    assert count.saved_bytes(deep, weights, jnp.ones((8, 8))) == 2 * count.saved_bytes(deep, weights, x)
     assert count.saved_bytes(jax.checkpoint(deep), weights, x) == 0
-    twice = jnp.ones((8, 8))
-    assert count.saved_bytes(deep, twice, jnp.ones((8, 8))) == 2 * count.saved_bytes(deep, weights, x)
+    # What is made of weights alone does not grow with the samples.
+    assert count.saved_bytes(lambda w, x: deep(jnp.exp(w), x), weights, x) == count.saved_bytes(deep, weights, x)
 
 
 def test_activations_by_policy(planner: planning.Planner) -> None:
@@ -141,7 +139,7 @@ def test_activations_by_policy(planner: planning.Planner) -> None:
     # Full recomputation keeps the stream before each block, and little else.
     streams, model = found["full"].work.tokens, planner.architecture.transformer
     blocks = model.num_layers + model.num_single_layers
-    assert saved[2] == pytest.approx(4 * streams * model.width * blocks, rel=0.5)
+    assert 1 <= saved[2] / (4 * streams * model.width * blocks) < 1.5
     rows = [one(planner, remat="full", batch=batch).held.activations for batch in (1, 3)]
     assert rows[1] == 3 * rows[0]
 
@@ -238,16 +236,15 @@ def test_the_nearest_setting_that_fits(planner: planning.Planner) -> None:
     smaller = nearest(least)
     assert smaller is not None and any(change.startswith("train.batch=") for change in smaller)
     # The parameters alone do not fit on one device, halves of them do.
-    stored = one(planner).sizes
-    tight = stored.base + stored.checkpoint
+    tight = one(planner, remat="full", batch=1).held.total - one(planner).sizes.base // 2
     assert nearest(tight) is None
     spread = nearest(tight, 4)
     assert spread is not None and any("mesh.fsdp" in change or "mesh.tensor" in change for change in spread)
 
 
 def test_a_larger_topology_is_the_last_resort(planner: planning.Planner, monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = one(planner).sizes
-    small, large = machine(stored.base + stored.checkpoint), machine(stored.base + stored.checkpoint, 4)
+    tight = one(planner, remat="full", batch=1).held.total - one(planner).sizes.base // 2
+    small, large = machine(tight), machine(tight, 4)
     monkeypatch.setattr(machines, "larger", lambda _: (large,))
     plan = planner.plan(small, meshes.parse_mesh("", 1))
     other = planner.nearest(plan)
@@ -310,7 +307,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--utilisation", "1.5"], "--utilisation"),
         (["--pictures", "-1"], "--pictures"),
         (["--config.base.path=checkpoints/mine"], "base.path: found nothing at checkpoints/mine"),
-        (["--config.base.path=asset:toy-flux-fill"], "384 channels a token, expected 64 for method omini"),
+        (["--config.base.path=asset:toy-flux-fill"], "192 channels a token, expected 64 for method omini"),
     ],
 )
 def test_mistakes_are_one_line(words: list[str], message: str) -> None:

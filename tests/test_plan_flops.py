@@ -142,13 +142,18 @@ def test_each_further_block_takes_what_xla_counts(kind: str, gradient: bool) -> 
 
 def test_what_is_computed_again() -> None:
     work = flops.forward(flux.FluxConfig.kontext(), flops.conditioned(512, 4096, (4096, 4096), 16, independent=False))
-    for remat in ("full", "save_attention"):
-        flash, blocked, kept = (flops.training(work, remat, kernel) for kernel in ("flash", "blocked", "xla"))
+    remats: tuple[flux.Remat, ...] = ("full", "save_attention")
+    kernels: tuple[flops.Kernel, ...] = ("flash", "blocked", "xla")
+    for remat in remats:
+        flash, blocked, kept = (flops.training(work, remat, kernel) for kernel in kernels)
         assert flash.recomputed > blocked.recomputed >= kept.recomputed > 0.5 * work.attention
         assert flash.model == blocked.model == kept.model
     assert flops.training(work, "none", "xla").recomputed == 0
     assert flops.training(work, "none").recomputed == 0.5 * work.attention
-    assert flops.training(work, "full", "blocked").recomputed > flops.training(work, "save_attention", "blocked").recomputed
+    assert (
+        flops.training(work, "full", "blocked").recomputed
+        > flops.training(work, "save_attention", "blocked").recomputed
+    )
 
 
 def test_sampling_with_and_without_remembered_conditions() -> None:

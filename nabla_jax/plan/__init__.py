@@ -1,1 +1,1 @@
-"""What a run takes before anything is loaded: bytes, floating-point operations, seconds; ``python -m nabla_jax.plan``."""
+"""What a run takes before anything is loaded: bytes, operations, seconds; ``python -m nabla_jax.plan``."""

@@ -9,6 +9,7 @@ configuration. For TPUs the real compiler is asked where ``make plan-tpu`` has i
 import argparse
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,8 @@ def main(argv: Sequence[str]) -> None:
     config, options = configs.parse_command(argv, "Says what a run takes before anything is loaded.", arguments)
     if options.pictures < 0:
         raise UserError(f"--pictures: found {options.pictures}, expected 0 or more")
+    # A plan is the same wherever it is made, and takes no memory of a device that others use.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Imported after the checks: a mistake on the command line is answered before any framework loads.
     from nabla_jax.plan import ahead, machines, meshes, planning
 
@@ -189,7 +192,7 @@ def content(source: str, plan: "Plan", nearest: "Plan | None", compiled: "Compil
     def plain(value: Any) -> Any:
         return json.loads(json.dumps(dataclasses.asdict(value)))
 
-    found = {
+    return {
         "config": source,
         "topology": plan.topology.name,
         "devices": plan.topology.devices,
@@ -208,7 +211,6 @@ def content(source: str, plan: "Plan", nearest: "Plan | None", compiled: "Compil
         "nearest": planning.changes(plan, nearest) if nearest else None,
         "compiled": plain(compiled) if compiled else None,
     }
-    return found
 
 
 if __name__ == "__main__":

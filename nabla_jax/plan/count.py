@@ -50,7 +50,7 @@ def _jaxprs(parameters: dict[str, Any]) -> Iterator[Any]:
 
 
 def saved_bytes(function: Callable[..., Any], *arguments: Any) -> int:
-    """Bytes that the forward pass of ``function`` keeps for its gradient by the first argument.
+    """Bytes made from the last argument that ``function`` keeps for its gradient by the first.
 
     Arguments themselves are not counted, and nothing twice. It is what the trace keeps: XLA may fuse some of it away.
     """
@@ -62,6 +62,11 @@ def saved_bytes(function: Callable[..., Any], *arguments: Any) -> int:
         return jax.tree.leaves(backward)
 
     traced = jax.make_jaxpr(forward)(leaves, *arguments[1:]).jaxpr
-    given = {id(variable) for variable in (*traced.invars, *traced.constvars)}
-    kept = {id(v): v.aval for v in traced.outvars if hasattr(v, "count") or type(v).__name__ == "Var"}
-    return sum(aval.size * aval.dtype.itemsize for key, aval in kept.items() if key not in given)
+    given = traced.invars[-len(jax.tree.leaves(arguments[-1])) :]
+    made: set[int] = set()
+    sources = {id(variable) for variable in given}
+    for equation in traced.eqns:
+        if any(id(variable) in sources or id(variable) in made for variable in equation.invars):
+            made |= {id(variable) for variable in equation.outvars}
+    kept = {id(variable): variable.aval for variable in traced.outvars if id(variable) in made}
+    return sum(aval.size * aval.dtype.itemsize for aval in kept.values())
