@@ -286,9 +286,18 @@ def test_without_a_compiler_one_line_says_how_to_get_it(planner: planning.Planne
             ahead.compile_step(configs.load(EMBEDDED), planner.networks, topology, meshes.parse_mesh("", 8))
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "plan.json"
+def test_the_command(
+    planner: planning.Planner, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, asked = tmp_path / "plan.json", []
+
+    def traced_already(config: configs.Config, **settings: Any) -> planning.Planner:
+        asked.append((config.source, settings))
+        return planner
+
+    monkeypatch.setattr(planning, "Planner", traced_already)
     main(["--config", EMBEDDED, "--topology", "h100x8", "--mesh", "fsdp=4,tensor=2", "--json", str(file)])
+    assert asked == [(EMBEDDED, {"pictures": 23_929, "utilisation": 0.5})]
     text, found = capsys.readouterr().out, json.loads(file.read_text())
     assert "fits: about" in text and "each of 8 h100, mesh fsdp=4,tensor=2, batch 16" in text
     assert found["fits"] is True and found["nearest"] is None and found["devices"] == 8

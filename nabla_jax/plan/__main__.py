@@ -9,6 +9,7 @@ configuration. For TPUs the real compiler is asked where ``make plan-tpu`` has i
 import argparse
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     from nabla_jax.plan import ahead, machines, meshes, planning
 
     topology = machines.topology(options.topology)
-    mesh = meshes.parse_mesh(options.mesh or configured_mesh(config), topology.devices)
+    mesh = meshes.parse_mesh(options.mesh or configured_mesh(config, topology.devices), topology.devices)
     utilisation = planning.check_utilisation(options.utilisation)
     planner = planning.Planner(config, pictures=options.pictures, utilisation=utilisation)
     plan = planner.plan(topology, mesh)
@@ -76,12 +77,15 @@ def main(argv: Sequence[str]) -> None:
         runs.write_json(Path(options.json), content(config.source, plan, nearest, compiled))
 
 
-def configured_mesh(config: configs.Config) -> str:
+def configured_mesh(config: configs.Config, devices: int) -> str:
     """The mesh that the configuration asks for, as ``--mesh`` takes it; empty where it asks for none."""
-    mesh = getattr(config, "mesh", None)
-    if mesh is None or not mesh.data:
+    section = getattr(config, "mesh", None)
+    if section is None:
         return ""
-    return ",".join(f"{field.name}={getattr(mesh, field.name)}" for field in dataclasses.fields(mesh))
+    sizes: dict[str, int] = dataclasses.asdict(section)
+    # 0: as many as the others leave.
+    sizes["data"] = sizes["data"] or max(devices // math.prod(size for size in sizes.values() if size), 1)
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items())
 
 
 def size(count: float) -> str:
