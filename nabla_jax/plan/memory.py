@@ -116,9 +116,7 @@ def activations(config: Config, found: Networks, remat: flux.Remat, block: int) 
     """Traces the loss of one sample with a policy and looks at what its gradient keeps; for ``block`` see
     ``block_bytes``.
     """
-    # What is offloaded lies on the host: the device keeps what it keeps when everything is computed again.
-    policy: flux.Remat = "full" if remat == "offload" else remat
-    kept = _saved(config, found, policy)
+    kept = _saved(config, found, remat)
     batch = tree_bytes(networks.batch_shapes(config, found.architecture, 1))
     # Nothing of a block is made again where all is kept, but gradients of the widest of it are there for a while.
     return Activations(kept, block // 4 if remat == "none" else block, batch)

@@ -5,11 +5,14 @@ place, so that a run can be planned before anything is downloaded.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nabla_jax import api, assets, optim, reposing, training
 from nabla_jax.checkpoints import adapters as adapter_files
@@ -132,7 +135,7 @@ def _redux(folder: Path) -> redux.ReduxConfig:
 def make(config: Config, architecture: Architecture) -> Networks:
     """All trees of a run. Raises UserError for a frozen adapter that cannot be read."""
     found, dtype = architecture, jnp.dtype(config.train.dtype)
-    graphdef, base = layers.abstract(lambda rngs: flux.Flux(found.transformer, rngs=rngs, dtype=dtype))
+    graphdef, base = _abstract(flux.Flux, found.transformer, dtype)
     component = pipeline.Component(found.transformer, graphdef, base)
     method = api.make_method(
         component, found.vae, config.conditioning, config.lora.name, config.train.dtype,
@@ -145,20 +148,25 @@ def make(config: Config, architecture: Architecture) -> Networks:
         start = lora.initialize(jax.random.key(0), base, rank=rank, alpha=alpha, stacked=flux.STACKED).params
         return training.initial_state({config.lora.name: start}, optimizer, config)
 
-    half = jnp.bfloat16
-    prompts = found.redux
+    half, single = jnp.dtype("bfloat16"), jnp.dtype("float32")
     return Networks(
         architecture=found,
         method=method,
         base=base,
-        vae=pipeline.Component(found.vae, *layers.abstract(lambda rngs: AutoencoderKL(found.vae, rngs=rngs))),
-        clip=layers.abstract(lambda rngs: clip.CLIPText(found.clip, rngs=rngs, dtype=half))[1],
-        t5=layers.abstract(lambda rngs: t5.T5Encoder(found.t5, rngs=rngs, dtype=half))[1],
-        redux=layers.abstract(lambda rngs: redux.Redux(prompts, rngs=rngs, dtype=dtype))[1] if prompts else None,
+        vae=pipeline.Component(found.vae, *_abstract(AutoencoderKL, found.vae, single)),
+        clip=_abstract(clip.CLIPText, found.clip, half)[1],
+        t5=_abstract(t5.T5Encoder, found.t5, half)[1],
+        redux=_abstract(redux.Redux, found.redux, dtype)[1] if found.redux else None,
         state=jax.eval_shape(initial_state),
         frozen=_frozen(config, base),
         optimizer=optimizer,
     )
+
+
+@functools.cache
+def _abstract(model: Callable[..., Any], config: Any, dtype: np.dtype[Any]) -> tuple[Any, layers.Params]:
+    """The graph and the parameters' shapes of a network, traced once; nobody writes into them."""
+    return layers.abstract(lambda rngs: model(config, rngs=rngs, dtype=dtype))
 
 
 def _frozen(config: Config, base: layers.Params) -> dict[str, lora.Adapter]:

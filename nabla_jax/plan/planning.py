@@ -141,10 +141,11 @@ class Planner:
                     yield {"data": parts // fsdp, "fsdp": fsdp, "tensor": tensor, "sequence": sequence}
 
     def _activations_of(self, remat: str) -> memory.Activations:
-        if remat not in self._activations:
-            policy = cast(flux.Remat, remat)
-            self._activations[remat] = memory.activations(self._config, self.networks, policy, self._block)
-        return self._activations[remat]
+        # What is offloaded lies on the host: the device keeps what it keeps when everything is computed again.
+        policy: flux.Remat = "full" if remat == "offload" else cast(flux.Remat, remat)
+        if policy not in self._activations:
+            self._activations[policy] = memory.activations(self._config, self.networks, policy, self._block)
+        return self._activations[policy]
 
     def _work(self, config: Config, topology: Topology) -> Work:
         streams = flops.streams(config, self.architecture)
