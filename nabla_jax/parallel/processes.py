@@ -45,9 +45,6 @@ def initialize(environment: Mapping[str, str] = os.environ) -> None:
     timeout = _number(environment, TIMEOUT) if environment.get(TIMEOUT) else DEFAULT_TIMEOUT
     if not timeout:
         raise UserError(f"{TIMEOUT}: found 0, expected seconds, at least 1")
-    # The same bound for a process that is gone and for one that does not come to the end: `finish` lets all of them
-    # come there together.
-    bounds = {"heartbeat_timeout_seconds": timeout, "shutdown_timeout_seconds": timeout}
     count = index = None
     if coordinator != "auto":
         count, index = _number(environment, COUNT), _number(environment, INDEX)
@@ -58,7 +55,14 @@ def initialize(environment: Mapping[str, str] = os.environ) -> None:
     # jax takes SIGTERM over to tell of preemptions and ignores it otherwise: a process could not be stopped any more.
     terminate = signal.getsignal(signal.SIGTERM)
     try:
-        jax.distributed.initialize(None if count is None else coordinator, count, index, **bounds)
+        jax.distributed.initialize(
+            None if count is None else coordinator,
+            count,
+            index,
+            heartbeat_timeout_seconds=timeout,
+            # The end may be as short: `finish` lets all come there together.
+            shutdown_timeout_seconds=timeout,
+        )
     except ValueError as error:
         raise UserError(f"{COORDINATOR}: found {coordinator!r}, which jax cannot join ({error})") from error
     except jax.errors.JaxRuntimeError as error:
