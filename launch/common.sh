@@ -3,7 +3,9 @@
 
 VERBS="prepare, train, generate or evaluate"
 # What launchers leave in the checkout; git ignores it.
+# shellcheck disable=SC2034  # they use it
 STATE=.launch
+SAFE='^[A-Za-z0-9_@%+=:,./-]+$'
 dry_run=false
 
 die() {
@@ -43,12 +45,12 @@ check_verb() {
 
 # Its arguments as one line that a shell (or xargs) splits into the same arguments again.
 quote() {
-    local argument safe='^[A-Za-z0-9_@%+=:,./-]+$' separator=
+    local argument separator=
     for argument; do
         [[ $argument != *[[:cntrl:]]* ]] || die "argument ${argument@Q}: found a line break or control character, expected none"
         if [[ -z $argument ]]; then
             argument="''"
-        elif [[ ! $argument =~ $safe ]]; then
+        elif [[ ! $argument =~ $SAFE ]]; then
             argument=$(sed 's/[^A-Za-z0-9_@%+=:,./-]/\\&/g' <<<"$argument")
         fi
         printf '%s%s' "$separator" "$argument"
@@ -56,11 +58,21 @@ quote() {
     done
 }
 
+# Its arguments as a line for bash, in the form that people read best.
+show() {
+    local argument separator=
+    for argument; do
+        [[ $argument =~ $SAFE ]] || argument=${argument@Q}
+        printf '%s%s' "$separator" "$argument"
+        separator=' '
+    done
+    echo
+}
+
 # Runs a command, or only says it with --dry-run.
 run() {
     if $dry_run; then
-        quote "$@"
-        echo
+        show "$@"
     else
         "$@"
     fi
@@ -77,6 +89,7 @@ label() {
 
 # Packs what git tracks, as it is in the folder now, into $1.
 pack() {
+    git rev-parse --is-inside-work-tree >/dev/null || die "$PWD: found no git checkout, expected one to copy from"
     mkdir -p "$(dirname "$1")"
     git ls-files -z | tar --create --gzip --null --files-from=- --file="$1"
 }

@@ -64,7 +64,8 @@ delete)
     check_verb "$@"
     check_number --nodes "$nodes" 1
     check_number --idle "$idle" 0
-    flags=(--gpus "$accelerators" --num-nodes "$nodes" --env "NABLA_KIND=$kind" --env "NABLA_RUN=$(quote "$@")")
+    words=$(quote "$@")
+    flags=(--gpus "$accelerators" --num-nodes "$nodes" --env "NABLA_KIND=$kind" --env "NABLA_RUN=$words")
     [[ -z $infra ]] || flags+=(--infra "$infra")
     ! $spot || flags+=(--use-spot)
     flags+=(${environment[@]+"${environment[@]}"} launch/skypilot.yaml)
@@ -72,7 +73,7 @@ delete)
         run sky jobs launch --name "$name" --yes "${flags[@]}"
     else
         run sky launch --cluster "$name" --yes --idle-minutes-to-autostop "$idle" --down "${flags[@]}"
-        echo "$name costs money until: launch/skypilot.sh --name $name delete (or --idle minutes without work)" >&2
+        $dry_run || echo "$name costs money until: launch/skypilot.sh --name $name delete (or --idle minutes without work)" >&2
     fi
     ;;
 esac

@@ -82,7 +82,6 @@ create() {
     '') ;;
     *) die "$name: found state $state, expected READY; wait, or delete it" ;;
     esac
-    check_given --type "$type"
     tpu create "${flags[@]}" ${create_flags[@]+"${create_flags[@]}"}
 }
 
@@ -110,6 +109,7 @@ stop) everywhere 'launch/background.sh stop' ;;
 delete) tpu delete --quiet ;;
 *)
     check_verb "$@"
+    check_given --type "$type"
     [[ -z $setup || -f $setup ]] || die "--setup: found no file $setup"
     case $type in
     v6e-*) version=${version:-v2-alpha-tpuv6e} ;;
@@ -127,7 +127,7 @@ delete) tpu delete --quiet ;;
     follow || status=$?
     if $delete_after && ((!status)); then
         tpu delete --quiet
-    else
+    elif ! $dry_run; then
         echo "$name costs money until: launch/tpu_vm.sh --name $name --zone $zone delete" >&2
     fi
     exit "$status"
