@@ -82,9 +82,13 @@ need() {
     $dry_run || command -v "$1" >/dev/null || die "$1: not found on the PATH; $2"
 }
 
-# Copies standard input, each line behind $1. The carriage returns of progress bars end lines, too.
+# Copies standard input, each line behind $1, as soon as it is there. The carriage returns of progress bars end lines,
+# too, and so does the end; empty lines are left out.
 label() {
-    stdbuf -oL tr '\r' '\n' | sed -u -e "s|^|[$1] |" -e "\$a\\"
+    {
+        stdbuf -oL tr '\r' '\n'
+        echo
+    } | sed -u -e '/^$/d' -e "s|^|[$1] |"
 }
 
 # Packs what git tracks, as it is in the folder now, into $1.
