@@ -3,6 +3,8 @@
 import base64
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -206,6 +208,27 @@ def test_every_launcher_knows_the_verbs_and_explains_itself(checkout: Path, name
 def test_a_mistake_is_one_line(checkout: Path, words: list[str], said: str) -> None:
     out, err = run(checkout, f"launch/{words[0]}", *words[1:], status=2)
     assert (out, err.count("\n")) == ("", 1) and said in err
+
+
+def documented() -> list[str]:
+    """Every command of the pages that starts a launcher, from its name on."""
+    pages = [(ROOT / name).read_text().replace("\\\n", " ") for name in ("README.md", "docs/launch.md")]
+    blocks = "\n".join("\n".join(page.split("```")[1::2]) for page in pages)
+    lines = re.findall(
+        rf"^(?:sbatch .*?)?(launch/(?:{'|'.join(map(re.escape, LAUNCHERS))}) [^#\n]*)", blocks, re.MULTILINE
+    )
+    return sorted(set(lines))
+
+
+def test_every_launcher_is_documented() -> None:
+    assert {command.split()[0].removeprefix("launch/") for command in documented()} == set(LAUNCHERS)
+
+
+@pytest.mark.parametrize("command", documented())
+def test_documented_commands(checkout: Path, command: str) -> None:
+    (checkout / "mount.sh").touch()
+    launcher, *words = shlex.split(command.replace("...", ""))
+    assert dry(checkout, launcher, "--dry-run", *words)
 
 
 # --------------------------------------------------------------------------------------------------- this machine
