@@ -4,7 +4,9 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -24,6 +26,7 @@ TIMEOUT = "NABLA_PROCESS_TIMEOUT"
 DEFAULT_TIMEOUT = 100
 # Seconds that a failing first process leaves the others for messages of their own: jax ends them when it is gone.
 LINGER = 3.0
+_JOINED = threading.Event()
 
 
 def initialize(environment: Mapping[str, str] = os.environ) -> None:
@@ -35,9 +38,10 @@ def initialize(environment: Mapping[str, str] = os.environ) -> None:
     Waiting for another process has an end: where one is not heard of for NABLA_PROCESS_TIMEOUT seconds (100), jax ends
     the others with SIGABRT and a message that names it. Signals keep the meaning they had before.
 
+    One that never comes does the same after jax's five minutes.
+
     Raises:
-        UserError: settings that are incomplete or contradict each other, no cluster for `auto`, and processes that
-            did not find each other.
+        UserError: settings that are incomplete or contradict each other, no cluster for `auto`, a port in use.
     """
     coordinator = environment.get(COORDINATOR, "")
     if not coordinator:
@@ -48,10 +52,13 @@ def initialize(environment: Mapping[str, str] = os.environ) -> None:
     count = index = None
     if coordinator != "auto":
         count, index = _number(environment, COUNT), _number(environment, INDEX)
-        if ":" not in coordinator:
+        port = coordinator.rpartition(":")[2]
+        if ":" not in coordinator or not port.isdecimal():
             raise UserError(f"{COORDINATOR}: found {coordinator!r}, expected host:port or auto")
         if not 0 <= index < count:
             raise UserError(f"{INDEX}: found {index}, expected 0 to {count - 1} ({COUNT} is {count})")
+        if index == 0:
+            _check_free(int(port), coordinator)
     # jax takes SIGTERM over to tell of preemptions and ignores it otherwise: a process could not be stopped any more.
     terminate = signal.getsignal(signal.SIGTERM)
     try:
@@ -65,11 +72,21 @@ def initialize(environment: Mapping[str, str] = os.environ) -> None:
         )
     except ValueError as error:
         raise UserError(f"{COORDINATOR}: found {coordinator!r}, which jax cannot join ({error})") from error
-    except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{COORDINATOR}: not all processes of {coordinator!r} answer ({reason})") from error
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, terminate or signal.SIG_DFL)
+    # Looks for the devices, for which all processes must come together: none may fail before it has.
+    jax.process_count()
+    _JOINED.set()
     _leave_after_errors()
+
+
+def _check_free(port: int, coordinator: str) -> None:
+    # jaxlib crashes where it cannot listen.
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"{COORDINATOR}: found {coordinator!r}, where this process cannot listen ({error})") from error
 
 
 def _leave_after_errors() -> None:
@@ -87,7 +104,7 @@ def finish() -> None:
 
     The first process writes tables and reports alone, for longer than a shutdown may last.
     """
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
+    if _JOINED.is_set() and jax.process_count() > 1:
         wait_for_all("finish")
 
 
@@ -97,7 +114,7 @@ def leave(status: int) -> None:
     For a process that failed: the others cannot go on, and an orderly exit would wait for them, and then end with
     SIGABRT in place of ``status``.
     """
-    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+    if not _JOINED.is_set() or jax.process_count() == 1:
         return
     for child in multiprocessing.active_children():
         child.terminate()

@@ -145,8 +145,17 @@ def test_sigterm_stops_as_it_does_alone(run: type[Pair]) -> None:
         ({processes.TIMEOUT: "soon"}, "NABLA_PROCESS_TIMEOUT: found 'soon', expected a number"),
         ({processes.TIMEOUT: "0"}, "NABLA_PROCESS_TIMEOUT: found 0, expected seconds, at least 1"),
         ({}, "NABLA_COORDINATOR: found 'auto', which jax cannot join"),
+        ({processes.COORDINATOR: "host:port"}, "NABLA_COORDINATOR: found 'host:port', expected host:port"),
     ],
 )
 def test_settings_that_cannot_work(settings: dict[str, str], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        processes.initialize({processes.COORDINATOR: "auto"} | settings)
+        processes.initialize({processes.COORDINATOR: "auto", processes.COUNT: "2", processes.INDEX: "0"} | settings)
+
+
+def test_a_port_in_use() -> None:
+    with socket.create_server(("localhost", 0)) as taken:
+        address = f"localhost:{taken.getsockname()[1]}"
+        settings = {processes.COORDINATOR: address, processes.COUNT: "2", processes.INDEX: "0"}
+        with pytest.raises(UserError, match=f"NABLA_COORDINATOR: found '{address}', where this process cannot listen"):
+            processes.initialize(settings)
