@@ -144,13 +144,21 @@ def test_sigterm_stops_as_it_does_alone(run: type[Pair]) -> None:
     [
         ({processes.TIMEOUT: "soon"}, "NABLA_PROCESS_TIMEOUT: found 'soon', expected a number"),
         ({processes.TIMEOUT: "0"}, "NABLA_PROCESS_TIMEOUT: found 0, expected seconds, at least 1"),
-        ({}, "NABLA_COORDINATOR: found 'auto', which jax cannot join"),
         ({processes.COORDINATOR: "host:port"}, "NABLA_COORDINATOR: found 'host:port', expected host:port"),
     ],
 )
 def test_settings_that_cannot_work(settings: dict[str, str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         processes.initialize({processes.COORDINATOR: "auto", processes.COUNT: "2", processes.INDEX: "0"} | settings)
+
+
+def test_no_cluster_to_ask() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=os.environ | {processes.COORDINATOR: "auto"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "NABLA_COORDINATOR: found 'auto', which jax cannot join" in done.stderr.splitlines()[-1]
 
 
 def test_a_port_in_use() -> None:
