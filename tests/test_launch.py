@@ -44,9 +44,10 @@ VERBS = ("prepare", "train", "generate", "evaluate")
 PYTHON = f"""#!{sys.executable}
 import json, os, pathlib, shutil, signal, sys, time
 
-if sys.argv[1] == "-c":
-    sys.exit()
-if sys.argv[2] == "venv":
+if sys.argv[1] == "-c":  # is this Python new enough?
+    sys.exit("OLD" in os.environ)
+if sys.argv[2] in ("venv", "uv"):
+    print(*sys.argv[2:])
     target = pathlib.Path(sys.argv[-1]) / "bin"
     target.mkdir(parents=True)
     shutil.copy(sys.argv[0], target / "python")
@@ -229,6 +230,19 @@ def test_documented_commands(checkout: Path, command: str) -> None:
     (checkout / "mount.sh").touch()
     launcher, *words = shlex.split(command.replace("...", ""))
     assert dry(checkout, launcher, "--dry-run", *words)
+
+
+def test_install(checkout: Path) -> None:
+    """Once for a kind and a set of versions; where Python is too old, with one that uv brings."""
+    packages = "pip install -c constraints.txt -e .{}"
+    assert run(checkout, "launch/install.sh", "cuda")[0].splitlines() == ["venv .venv", packages.format("[cuda]")]
+    assert run(checkout, "launch/install.sh", "cuda")[0] == ""
+    with (checkout / "constraints.txt").open("a") as file:
+        file.write("x==1\n")
+    shutil.rmtree(checkout / ".venv")
+    assert run(checkout, "launch/install.sh", "cpu", OLD="")[0].splitlines() == [
+        "pip install --quiet --user uv", "uv venv --quiet --seed --clear --python 3.11 .venv", packages.format(""),
+    ]  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------- this machine
