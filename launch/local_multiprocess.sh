@@ -125,5 +125,7 @@ while ((${#alive[@]})); do
     fi
     sleep 0.2 || true
 done
+# What a process that was killed left behind, such as workers of its own, ends with it.
+for pid in "${pids[@]}"; do kill -s KILL -- "-$pid" 2>/dev/null || true; done
 for pid in "${labels[@]}"; do wait "$pid" || true; done
 exit "$status"

@@ -42,7 +42,7 @@ VERBS = ("prepare", "train", "generate", "evaluate")
 # A Python that says what it was started with; FAKE says how long it works and what fails. As `python -m venv` it makes
 # itself the Python of a new environment.
 PYTHON = f"""#!{sys.executable}
-import json, os, pathlib, shutil, signal, sys, time
+import json, os, pathlib, shutil, signal, subprocess, sys, time
 
 if sys.argv[1] == "-c":  # is this Python new enough?
     sys.exit("OLD" in os.environ)
@@ -73,6 +73,8 @@ print(json.dumps([sys.argv[1:], {{k: v for k, v in os.environ.items() if k.start
 print("bar 1\\rbar 2\\rworking", flush=True)
 if fake.get("fails") == index:
     sys.exit(7)
+if fake.get("deaf"):
+    print("worker", subprocess.Popen(["sleep", "60"]).pid, flush=True)
 end = time.monotonic() + fake.get("seconds", 0)
 while time.monotonic() < end and (not signals or fake.get("deaf")):
     time.sleep(0.05)
@@ -285,7 +287,8 @@ def test_one_that_does_not_stop_is_killed(checkout: Path) -> None:
     begin = time.monotonic()
     out, err = run(checkout, LOCAL, "--grace", "1", "train", status=7, FAKE=fake)
     assert "launcher: killing what is left: 0" in err and "[0] signal 15" in out
-    assert time.monotonic() - begin < 20
+    # Its worker, which works for 60 seconds, holds the pipe of the log open, and the launcher waits for that.
+    assert "[0] worker" in out and time.monotonic() - begin < 20
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
