@@ -70,14 +70,20 @@ class Interrupted(Exception):
 
 
 def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
-    """Runs a verb; exit status 2 for a user's mistake (one line), 128 + n when stopped by signal n."""
+    """Runs a verb; exit status 2 for a user's mistake (one line), 128 + n when stopped by signal n.
+
+    One of several processes waits for the others at its end, but leaves them at once where it failed.
+    """
     argv = sys.argv[1:] if argv is None else argv
     try:
         main(argv)
+        _end_together()
     except UserError as error:
         _fail(str(error), 2)
     except Interrupted as stop:
-        _fail(str(stop), 128 + stop.signum)
+        _end_together()
+        _print_error(str(stop))
+        sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
         _fail("interrupted; the same command continues", 128 + signal.SIGINT)
     except OSError as error:
@@ -89,9 +95,25 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
 
 
 def _fail(message: str, status: int) -> None:
+    _print_error(message)
+    if processes := _processes():
+        processes.leave(status)
+    sys.exit(status)
+
+
+def _print_error(message: str) -> None:
     sys.stdout.flush()
     print(" ".join(message.split("\n")), file=sys.stderr, flush=True)
-    sys.exit(status)
+
+
+def _end_together() -> None:
+    if processes := _processes():
+        processes.finish()
+
+
+def _processes() -> types.ModuleType | None:
+    # There only if the verb asked for it: importing it would load jax, which a mistake need not wait for.
+    return sys.modules.get("nabla_jax.parallel.processes")
 
 
 class StopSignals:
