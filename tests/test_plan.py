@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh
 
 from nabla_jax import assets, optim, training
 from nabla_jax import config as configs
@@ -18,6 +18,8 @@ from nabla_jax.checkpoints.safetensors_io import read_header
 from nabla_jax.data.records import RecordReader, encode_record, write_shard
 from nabla_jax.errors import UserError
 from nabla_jax.models import flux
+from nabla_jax.models.partitioning import AXES
+from nabla_jax.parallel import rules
 from nabla_jax.plan import ahead, count, machines, memory, meshes, networks, planning, roofline
 from nabla_jax.plan.__main__ import main
 
@@ -165,32 +167,23 @@ def test_topologies_and_meshes_are_read_and_refused() -> None:
             meshes.parse_mesh(text, 8)
 
 
-def test_sharded_bytes_are_those_of_jax_own_shards(planner: planning.Planner) -> None:
+def test_bytes_of_a_device_are_those_of_jax_own_shards(planner: planning.Planner) -> None:
     tree = planner.networks.base
     for shape in ({"fsdp": 4}, {"fsdp": 2, "tensor": 2}, {"data": 2, "tensor": 4}):
-        mesh = dict.fromkeys(meshes.AXES, 1) | shape
-        specs = meshes.even_specs(tree, mesh)
-        devices = AbstractMesh(tuple(mesh.values()), tuple(mesh))
-        leaves = jax.tree.leaves(tree)
-        wanted = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
-        parts = [
-            math.prod(NamedSharding(devices, spec).shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            for leaf, spec in zip(leaves, wanted, strict=True)
-        ]
-        assert meshes.sharded_bytes(tree, specs, mesh) == sum(parts)
+        mesh = dict.fromkeys(AXES, 1) | shape
+        shardings = rules.shardings(tree, AbstractMesh(tuple(mesh.values()), tuple(mesh)))
+        shards = jax.tree.map(
+            lambda leaf, s: math.prod(s.shard_shape(leaf.shape)) * leaf.dtype.itemsize, tree, shardings
+        )
+        held = sum(jax.tree.leaves(shards))
+        assert rules.device_bytes(tree, mesh) == held
         cuts = mesh["fsdp"] * mesh["tensor"]
-        assert meshes.tree_bytes(tree) / cuts <= sum(parts) < 1.1 * meshes.tree_bytes(tree) / cuts
-    leaf = {"a": jax.ShapeDtypeStruct((10, 6), jnp.float32)}
-    mesh = dict.fromkeys(meshes.AXES, 1) | {"fsdp": 4, "data": 2}
-    assert meshes.sharded_bytes(leaf, PartitionSpec("fsdp"), mesh) == 3 * 6 * 4  # the last device has less
-    assert meshes.sharded_bytes(leaf, {"a": PartitionSpec(None, ("data",))}, mesh) == 10 * 3 * 4
-    with pytest.raises(ValueError, match="more axes"):
-        meshes.sharded_bytes(leaf, PartitionSpec(None, None, "data"), mesh)
+        assert meshes.tree_bytes(tree) / cuts <= held < 1.1 * meshes.tree_bytes(tree) / cuts
 
 
 def test_collectives() -> None:
     def sent(backward: bool = True, **axes: int) -> roofline.Collectives:
-        mesh = dict.fromkeys(meshes.AXES, 1) | axes
+        mesh = dict.fromkeys(AXES, 1) | axes
         passes = 2 if backward else 1
         return roofline.collectives(
             mesh, base_bytes=800.0, gradient_bytes=80.0, tokens=10, model=TINY, itemsize=2, passes=passes,

@@ -12,14 +12,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh
 
 from nabla_jax import training
 from nabla_jax.config import Config
 from nabla_jax.errors import UserError
-from nabla_jax.plan import meshes, networks
+from nabla_jax.models.partitioning import AXES
+from nabla_jax.parallel import rules
+from nabla_jax.parallel.mesh import batched
+from nabla_jax.plan import networks
 from nabla_jax.plan.machines import Topology
-from nabla_jax.plan.meshes import AXES, MeshShape
+from nabla_jax.plan.meshes import MeshShape
 from nabla_jax.plan.networks import Networks
 
 
@@ -55,25 +58,21 @@ def can_compile(topology: Topology) -> bool:
     return topology.device.kind == "cpu"
 
 
-def compile_step(
-    config: Config, found: Networks, topology: Topology, shape: MeshShape, *, base_specs: Any = None,
-    state_specs: Any = None,
-) -> Compiled:  # fmt: skip
-    """Lowers and compiles ``training.make_step`` for a topology; see ``memory.per_device`` for the specs.
+def compile_step(config: Config, found: Networks, topology: Topology, shape: MeshShape) -> Compiled:
+    """Lowers and compiles ``training.make_step`` for a topology.
 
     Raises UserError where the compiler is not installed or does not know the topology.
     """
     mesh = _mesh(topology, shape)
-    base_specs = meshes.even_specs(found.base, shape) if base_specs is None else base_specs
-    state_specs = meshes.even_specs(found.state, shape) if state_specs is None else state_specs
     batch = networks.batch_shapes(config, found.architecture, config.train.batch)
-    cut = jax.tree.map(lambda _: PartitionSpec(("data", "fsdp")), batch)
-    whole = jax.tree.map(lambda _: PartitionSpec(), found.frozen)
+    state = rules.shardings(found.state, mesh)
     arguments = [
-        _placed(tree, specs, mesh)
-        for tree, specs in ((found.state, state_specs), (found.base, base_specs), (batch, cut), (found.frozen, whole))
+        _placed(found.state, state),
+        _placed(found.base, rules.shardings(found.base, mesh)),
+        _placed(batch, jax.tree.map(lambda _: batched(mesh), batch)),
+        _placed(found.frozen, rules.shardings(found.frozen, mesh)),
     ]
-    step: Any = training.make_step(found.method, found.optimizer, config)
+    step: Any = training.make_step(found.method, found.optimizer, config, state)
     start = time.perf_counter()
     with jax.set_mesh(mesh):
         lowered = step.lower(*arguments)
@@ -93,14 +92,8 @@ def compile_step(
     )  # fmt: skip
 
 
-def _placed(tree: Any, specs: Any, mesh: Mesh) -> Any:
-    leaves, structure = jax.tree.flatten(tree)
-    wanted = jax.tree.leaves(specs, is_leaf=lambda node: isinstance(node, PartitionSpec))
-    placed = [
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-        for leaf, spec in zip(leaves, wanted, strict=True)
-    ]
-    return jax.tree.unflatten(structure, placed)
+def _placed(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def _mesh(topology: Topology, shape: MeshShape) -> Mesh:

@@ -14,8 +14,9 @@ from nabla_jax.config import Config
 from nabla_jax.data.pictures import roles
 from nabla_jax.data.records import encode_record
 from nabla_jax.models import flux, layers
-from nabla_jax.plan import count, meshes, networks
-from nabla_jax.plan.meshes import MeshShape, sharded_bytes, tree_bytes
+from nabla_jax.parallel import rules
+from nabla_jax.plan import count, networks
+from nabla_jax.plan.meshes import MeshShape, tree_bytes
 from nabla_jax.plan.networks import Architecture, Networks
 from nabla_jax.prepare import kinds
 
@@ -176,17 +177,8 @@ class PerDevice:
         return sum(dataclasses.astuple(self))
 
 
-def per_device(
-    config: Config, found: Networks, mesh: MeshShape, each: Activations, *, base_specs: Any = None,
-    state_specs: Any = None,
-) -> PerDevice:  # fmt: skip
-    """What one device of a mesh holds when ``train.batch`` is cut over data and fsdp.
-
-    ``base_specs`` and ``state_specs``: a ``PartitionSpec`` for each leaf; by default matrices are cut evenly over
-    fsdp and tensor.
-    """
-    base_specs = meshes.even_specs(found.base, mesh) if base_specs is None else base_specs
-    state_specs = meshes.even_specs(found.state, mesh) if state_specs is None else state_specs
+def per_device(config: Config, found: Networks, mesh: MeshShape, each: Activations) -> PerDevice:
+    """What one device of a mesh holds when ``train.batch`` is cut over data and fsdp, parameters as the rules say."""
     rows = -(-config.train.batch // (mesh["data"] * mesh["fsdp"]))
     others = tree_bytes(found.frozen)
     if config.train.sample_every or config.conditioning.method == "insert":
@@ -202,9 +194,9 @@ def per_device(
     # Tensor parallel blocks cut their inside, not the stream between them.
     inside = each.block // (mesh["tensor"] * mesh["sequence"])
     return PerDevice(
-        base=sharded_bytes(found.base, base_specs, mesh),
-        state=sharded_bytes(found.state, state_specs, mesh),
-        gradients=sharded_bytes(found.state["adapters"], state_specs["adapters"], mesh),
+        base=rules.device_bytes(found.base, mesh),
+        state=rules.device_bytes(found.state, mesh),
+        gradients=rules.device_bytes(found.state["adapters"], mesh),
         others=others,
         gathered=gathered,
         activations=rows * (each.saved // mesh["sequence"] + inside + each.batch),

@@ -7,9 +7,10 @@ from typing import cast
 from nabla_jax.config import Config
 from nabla_jax.errors import UserError
 from nabla_jax.models import flux, layers
+from nabla_jax.models.partitioning import AXES
 from nabla_jax.plan import count, flops, machines, memory, networks, roofline
 from nabla_jax.plan.machines import Topology
-from nabla_jax.plan.meshes import AXES, MeshShape
+from nabla_jax.plan.meshes import MeshShape
 from nabla_jax.plan.networks import Networks, Shape
 
 EVALUATION = {"nabla": 9_518, "inat-seen": 1_354, "inat-unseen": 792}
