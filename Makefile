@@ -3,6 +3,7 @@
 # make toy-assets  — every shipped checkpoint from nothing; a day on two cores
 # make test  — every test but those of the browser; both install what they need into .venv first
 # make test-browser — the report in a headless Chromium, which apt-get installs where there is none
+# make plan-tpu — the TPU compiler in .venv-tpu, which needs no TPU: python -m nabla_jax.plan then asks it (docs/plan.md)
 #
 # PYTHON=python3.12    another interpreter (3.11 or newer)
 # TORCH_INDEX=URL      a wheel index for torch (the tests compare with it), e.g. one with CPU or CUDA builds
@@ -13,7 +14,7 @@ WORLD_SEED ?= 0
 TORCH_INDEX ?=
 BIN := .venv/bin
 
-.PHONY: install demo toy-table toy-assets test test-browser lint types bench clean
+.PHONY: install demo toy-table toy-assets test test-browser lint types bench plan-tpu clean
 
 install: .venv/installed
 
@@ -53,5 +54,13 @@ bench: install
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.loader
 
+plan-tpu: .venv-tpu/installed
+
+.venv-tpu/installed: pyproject.toml constraints.txt
+	@.venv-tpu/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-tpu
+	.venv-tpu/bin/python -m pip install --quiet -c constraints.txt -e '.[tpu]'
+	@touch $@
+	@echo "the TPU compiler is in .venv-tpu: .venv-tpu/bin/python -m nabla_jax.plan --config configs/omk_keypoints.py --topology v5e:2x4 --mesh fsdp=8 --config.train.batch=8"
+
 clean:
-	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info runs/demo data/toybirds* prepared/toybirds*
+	rm -rf .venv .venv-tpu .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info runs/demo data/toybirds* prepared/toybirds*

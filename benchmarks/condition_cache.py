@@ -19,6 +19,7 @@ import numpy as np
 from nabla_jax import draws, flow, reposing
 from nabla_jax.models import flux, layers, lora
 from nabla_jax.models.autoencoder import AutoencoderKLConfig
+from nabla_jax.plan import flops
 
 HEAD = 128
 SCHEDULE = {"use_dynamic_shifting": True}
@@ -39,20 +40,10 @@ def model(heads: int, double: int, single: int) -> flux.FluxConfig:
 
 
 def operations(config: flux.FluxConfig, rank: int, grid: int, text: int) -> tuple[float, float]:
-    """Multiplications and additions of the blocks in one forward pass: those of text and noise, those of conditions."""
-    width, blocks, noise = config.width, config.num_layers + config.num_single_layers, grid * grid
-
-    def linears(tokens: int, rank: int) -> float:
-        # Both kinds of blocks hold four square matrices' worth for attention and eight for the MLP; the low-rank pair
-        # of a matrix has rank times its two sides.
-        return 2 * tokens * (12 * width**2 + 18 * width * rank)
-
-    def attention(queries: int, keys: int) -> float:
-        return 4 * queries * keys * width
-
-    own = linears(text + noise, 0) + attention(text + noise, text + 3 * noise)
-    conditions = 2 * (linears(noise, rank) + attention(noise, noise))
-    return blocks * own, blocks * conditions
+    """Multiplications and additions in one forward pass: those of text and noise, those of conditions."""
+    noise = grid * grid
+    streams = flops.conditioned(text, noise, (noise, noise), rank, independent=True)
+    return flops.forward(config, streams[:2]).total, flops.forward(config, streams[2:], output=-1).total
 
 
 def adapter(params: layers.Params, rank: int) -> lora.Adapter:

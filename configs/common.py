@@ -94,6 +94,7 @@ def omini() -> ConfigDict:
                 "ema": 0.0,
             },
             "sample": {"steps": 28, "guidance": 2.5, "seed": 42, "batch": 4},
+            "mesh": {"data": 0, "fsdp": 1, "tensor": 1, "sequence": 1},
             "metrics": {
                 "dinov2": "checkpoints/dinov2-base",
                 "siglip": "checkpoints/siglip-base-patch16-224",

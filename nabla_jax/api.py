@@ -5,6 +5,7 @@ of any size, masks bool or grey pictures of the size of their picture.
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from nabla_jax.conditioning.geometry import Placement
 from nabla_jax.conditioning.masks import repaint_mask
 from nabla_jax.conditioning.text import PromptEncoder, encode_prompts, load_text_stack, make_prompt_encoder
 from nabla_jax.config import Conditioning, Config, Sample
+from nabla_jax.config import Mesh as MeshSizes
 from nabla_jax.data import controls
 from nabla_jax.diptychs import DiptychEncoder
 from nabla_jax.errors import UserError
@@ -30,6 +32,7 @@ from nabla_jax.hashing import file_sha256
 from nabla_jax.models import flux, layers
 from nabla_jax.models.autoencoder import unscale
 from nabla_jax.parallel import mesh as meshes
+from nabla_jax.parallel import rules
 
 Array = np.ndarray[Any, Any]
 Picture = Array | Image.Image | str | os.PathLike[str]
@@ -154,7 +157,7 @@ class Reposer:
             sibling_silhouette,
         )
         sample = self.sample_settings(seed, steps, guidance, sibling_guidance)
-        (result, _), *_ = self.repose_batch([job], dataclasses.replace(sample, batch=self.mesh.size))
+        (result, _), *_ = self.repose_batch([job], dataclasses.replace(sample, batch=meshes.batch_parts(self.mesh)))
         return Image.fromarray(result)
 
     def sample_settings(
@@ -265,7 +268,7 @@ class Reposer:
                 image_guidance,
                 sibling_guidance,
             )
-            return to_pixels(self.decode(self.vae.params, latents))
+            return to_pixels(meshes.to_host(self.decode(self.vae.params, latents), self.mesh))
 
     def reconstruct(self, images: Sequence[Array], batch: int) -> list[Array]:
         """Pictures of any size through placement, autoencoder (its mean) and back: an upper bound."""
@@ -303,6 +306,7 @@ def load(
     dtype: str | None = None,
     redux: str | os.PathLike[str] | None = None,
     quantise: str | None = None,
+    mesh: MeshSizes | None = None,
 ) -> Reposer:
     """Loads a base and, on it, an adapter.
 
@@ -320,6 +324,7 @@ def load(
       redux: the FLUX.1-Redux folder of method insert, or ``asset:NAME``; default from the adapter's metadata.
       quantise: none, int8, fp8 or nf4: how the weights of the transformer's blocks are kept; default from the
         adapter's metadata. An adapter may be used on another one than it was trained on.
+      mesh: how this process's devices are arranged; default: each has the whole base and a part of every batch.
 
     Raises UserError when something is missing, the adapter belongs to another base, or the cache is asked for with an
     adapter whose conditions see text and noise.
@@ -359,29 +364,31 @@ def load(
     sample = sample or _sample(metadata)
 
     # Each of several processes draws pictures of its own.
-    mesh = meshes.data_mesh(jax.local_devices())
-    sharding = meshes.replicated(mesh)
+    devices = meshes.make_mesh(dataclasses.asdict(mesh or MeshSizes()), jax.local_devices())
+    rules.check_heads(pipeline.transformer_config(folder).num_attention_heads, devices, folder)
+    sharding = meshes.replicated(devices)
+    place = functools.partial(rules.shardings, mesh=devices)
     vae = pipeline.load_vae(folder, sharding=sharding)
     text: tuple[Array, Array] | PromptEncoder | None = None
     encoder = None
     if redux_path is not None:
-        encoder = diptychs.load_encoder(folder, redux_path, conditioning.text_length, mesh, dtype, vae)
+        encoder = diptychs.load_encoder(folder, redux_path, conditioning.text_length, devices, dtype, vae)
     elif conditioning.caption == "background":
         text = make_prompt_encoder(load_text_stack(folder), conditioning.text_length)
     else:
         # Before the transformer, and freed again: a small device holds one of them at a time.
         text = encode_prompts(folder, [conditioning.prompt], conditioning.text_length)
-    transformer = pipeline.load_transformer(folder, dtype=jnp.dtype(dtype), sharding=sharding, quantise=quantise)
+    transformer = pipeline.load_transformer(folder, dtype=jnp.dtype(dtype), sharding=place, quantise=quantise)
     adapters: reposing.Adapters = {}
     if adapter_path is not None:
         loaded, _ = adapter_files.load_adapter(adapter_path, transformer.params, stacked=flux.STACKED)
-        adapters = {adapter_path.stem: jax.device_put(loaded, sharding)}
+        adapters = {adapter_path.stem: jax.device_put(loaded, place(loaded))}
     control_name = None
     if control_path is not None:
         # Two files of one name are two adapters.
         control_name = f"{control_path.stem} (control)"
         loaded, _ = adapter_files.load_adapter(control_path, transformer.params, stacked=flux.STACKED)
-        adapters[control_name] = jax.device_put(loaded, sharding)
+        adapters[control_name] = jax.device_put(loaded, place(loaded))
     name = adapter_path.stem if adapter_path else None
     method = make_method(
         transformer,
@@ -401,7 +408,7 @@ def load(
         vae=vae,
         schedule=runs.read_json(folder / "scheduler" / "scheduler_config.json"),
         text=text,
-        mesh=mesh,
+        mesh=devices,
         base_path=folder,
         base_sha256=base_sha256,
         adapter_path=adapter_path,

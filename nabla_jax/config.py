@@ -132,6 +132,16 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mesh:
+    """How the devices are arranged; the product of the sizes is their number (see ``nabla_jax.parallel``)."""
+
+    data: int = 0  # parts of a batch, parameters copied; 0: as many as the others leave
+    fsdp: int = 1  # parts of a batch, parameters cut
+    tensor: int = 1  # parts of heads and hidden units
+    sequence: int = 1  # parts of the tokens
+
+
+@dataclasses.dataclass(frozen=True)
 class Metrics:
     """The networks that judge pictures: folders in their published layouts, or asset:NAME; empty: none.
 
@@ -207,6 +217,7 @@ class Config:
     optim: Optim
     train: Train
     sample: Sample = Sample()
+    mesh: Mesh = Mesh()
     extract: Extract = Extract()
     benchmarks: dict[str, str] = dataclasses.field(default_factory=dict)  # name -> dataset folder, or pair list in one
     metrics: Metrics = Metrics()
@@ -517,7 +528,7 @@ def _check_ranges(config: Config, where: str) -> None:
         "conditioning.size conditioning.compact conditioning.dot conditioning.line conditioning.text_length "
         "lora.rank lora.alpha optim.lr optim.d0 optim.clip "
         "train.steps train.batch train.log_every train.save_every train.foreground_weight sample.steps sample.batch "
-        "extract.caption_tokens"
+        "extract.caption_tokens mesh.fsdp mesh.tensor mesh.sequence"
     )
     for key in positive.split():
         if not flat[key] > 0:
@@ -531,7 +542,7 @@ def _check_ranges(config: Config, where: str) -> None:
     if config.train.sampler == "mined" and config.data.mode != "precomputed":
         raise UserError(f"{where}: train.sampler: mined needs stored features, expected data.mode precomputed")
     nonnegative = "train.sample_every train.seed sample.seed optim.weight_decay extract.caption_retries"
-    nonnegative += " data.frame_gap data.frame_rate data.threads data.workers data.per_class sample.feather"
+    nonnegative += " data.frame_gap data.frame_rate data.threads data.workers data.per_class sample.feather mesh.data"
     for key in nonnegative.split():
         if not flat[key] >= 0:
             raise UserError(f"{where}: {key}: found {flat[key]!r}, expected 0 or more")

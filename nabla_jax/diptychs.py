@@ -74,7 +74,7 @@ class DiptychEncoder:
         chosen["sample"] = chosen["sample"].astype(np.uint32)
         chosen["seen"] = self.processor(list(np.moveaxis(chosen["subject"], 1, -1)))
         rows = len(chosen["sample"])
-        step = pictures_per_call(rows, chosen["target"].shape[-1], len(self.mesh.local_devices))
+        step = pictures_per_call(rows, chosen["target"].shape[-1], meshes.local_parts(self.mesh))
         parts = []
         for start in range(0, rows, step):
             part = {name: value[start : start + step] for name, value in chosen.items()}

@@ -102,6 +102,7 @@ def _load(config: configs.Config, adapter: str, control_adapter: str | None) -> 
         dtype=config.train.dtype,
         redux=config.base.redux or None,
         quantise=config.base.quantise,
+        mesh=config.mesh,
     )
 
 
@@ -229,7 +230,8 @@ def _make_benchmarks(config: configs.Config, arguments: argparse.Namespace) -> N
     from nabla_jax.parallel import processes
 
     processes.initialize()
-    meshes.check_batch(config.sample.batch, meshes.data_mesh(jax.local_devices()), "sample.batch")
+    mesh = meshes.make_mesh(dataclasses.asdict(config.mesh), jax.local_devices())
+    meshes.check_batch(config.sample.batch, mesh, "sample.batch")
     lock = runs.lock(arguments.out / ".lock", f"--out {arguments.out}")
     with lock if processes.is_first() else contextlib.nullcontext():
         chosen = ("none", None) if arguments.reference else (arguments.adapter, arguments.control_adapter)

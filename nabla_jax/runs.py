@@ -70,14 +70,20 @@ class Interrupted(Exception):
 
 
 def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
-    """Runs a verb; exit status 2 for a user's mistake (one line), 128 + n when stopped by signal n."""
+    """Runs a verb; exit status 2 for a user's mistake (one line), 128 + n when stopped by signal n.
+
+    One of several processes waits for the others at its end, but leaves them at once where it failed.
+    """
     argv = sys.argv[1:] if argv is None else argv
     try:
         main(argv)
+        _end_together()
     except UserError as error:
         _fail(str(error), 2)
     except Interrupted as stop:
-        _fail(str(stop), 128 + stop.signum)
+        _end_together()
+        _print_error(str(stop))
+        sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
         _fail("interrupted; the same command continues", 128 + signal.SIGINT)
     except OSError as error:
@@ -89,9 +95,25 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
 
 
 def _fail(message: str, status: int) -> None:
+    _print_error(message)
+    if processes := _processes():
+        processes.leave(status)
+    sys.exit(status)
+
+
+def _print_error(message: str) -> None:
     sys.stdout.flush()
     print(" ".join(message.split("\n")), file=sys.stderr, flush=True)
-    sys.exit(status)
+
+
+def _end_together() -> None:
+    if processes := _processes():
+        processes.finish()
+
+
+def _processes() -> types.ModuleType | None:
+    # There only if the verb asked for it: importing it would load jax, which a mistake need not wait for.
+    return sys.modules.get("nabla_jax.parallel.processes")
 
 
 class StopSignals:
@@ -119,11 +141,14 @@ class StopSignals:
         self.signum = signum
 
 
-def progress(total: int, what: str, *, done: int = 0, unit: str = "it") -> Any:
+def progress(total: int, what: str, *, done: int = 0, unit: str = "it", shown: bool = True) -> Any:
     """A progress bar with rate and time left on stderr, as a context manager; ``update(n)`` advances it."""
     from tqdm import tqdm
 
-    return tqdm(total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, mininterval=0.5, smoothing=0.1)
+    return tqdm(
+        total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, mininterval=0.5, smoothing=0.1,
+        disable=not shown,
+    )  # fmt: skip
 
 
 def track(items: Iterable[T], what: str, *, total: int | None = None, unit: str = "it") -> Iterator[T]:
@@ -330,6 +355,12 @@ def open_run(config: configs.Config, sha256: Mapping[str, str] | None = None) ->
 
 
 @contextlib.contextmanager
+def join_run(config: configs.Config) -> Iterator[RunFolder]:
+    """The run folder ``train.workdir``, which another process of the same run has opened."""
+    yield RunFolder(Path(config.train.workdir))
+
+
+@contextlib.contextmanager
 def lock(path: Path, what: str) -> Iterator[None]:
     """Holds an exclusive lock that the system releases when the process ends, however it ends."""
     with writing(path):
@@ -352,7 +383,7 @@ def _check_same(folder: RunFolder, resolved: Mapping[str, Any]) -> None:
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
         and key not in CONTINUABLE
-        and not key.startswith(("benchmarks", "extract.", "metrics."))
+        and not key.startswith(("benchmarks", "extract.", "mesh.", "metrics."))
     ]
     if differing:
         raise UserError(

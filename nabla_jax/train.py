@@ -8,6 +8,7 @@ bit as if it had never stopped. A finished run is left alone.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 
 from nabla_jax import config as configs
@@ -18,10 +19,18 @@ def main(argv: Sequence[str]) -> None:
     """The command."""
     config, _ = configs.parse_command(argv, "Trains an adapter on a prepared dataset.")
     configs.check_inputs(config, "train")
-    with runs.open_run(config, _hashes(config)) as folder:
+    # Imported after the checks: a mistake in the configuration is answered before any framework loads.
+    from nabla_jax.parallel import processes
+
+    processes.initialize()
+    # Among several processes the first one owns the folder; the others look at what it found.
+    opened = runs.open_run(config, _hashes(config)) if processes.is_first() else runs.join_run(config)
+    with opened as folder:
+        processes.wait_for_all("run opened")
         if not is_finished(config, folder):
             train(config, folder)
-        print(f"{folder.path}: trained for {folder.last_step()} steps: {folder.last_adapter(config.lora.name)}")
+        if processes.is_first():
+            print(f"{folder.path}: trained for {folder.last_step()} steps: {folder.last_adapter(config.lora.name)}")
 
 
 def _hashes(config: configs.Config) -> dict[str, str]:
@@ -44,7 +53,6 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
 
     Raises UserError for inputs that do not fit each other, and Interrupted after a signal.
     """
-    # Imported after the checks: a mistake in the configuration is answered before any framework loads.
     import jax
 
     from nabla_jax import draws, optim, training
@@ -52,14 +60,15 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
     from nabla_jax.checkpoints.run_state import RunState
     from nabla_jax.models import flux, layers, lora
     from nabla_jax.parallel import mesh as meshes
+    from nabla_jax.parallel import processes, rules
 
-    settings, name = config.train, config.lora.name
+    settings, name, first = config.train, config.lora.name, processes.is_first()
 
     # ----------------------------------------------------------------------------------------- mesh, checks
-    mesh = meshes.data_mesh()
-    everywhere = meshes.replicated(mesh)
+    mesh = meshes.make_mesh(dataclasses.asdict(config.mesh))
     meshes.check_batch(settings.batch, mesh, "train.batch")
-    runs.write_environment(folder.environment, {"devices": [str(device) for device in jax.devices()]})
+    if first:
+        runs.write_environment(folder.environment, {"devices": [str(device) for device in jax.devices()]})
     base_path = configs.resolve_base(config)
     training.check_prepared(config)
     with RunState(folder.checkpoints) as saved:
@@ -73,12 +82,13 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
     inputs = training.open_input(config, mesh)
 
     # ------------------------------------------------------------------------------------------ frozen base
-    print(f"{folder.path}: loading {base_path}", flush=True)
-    method, base = training.load_method(config, everywhere)
+    if first:
+        print(f"{folder.path}: loading {base_path}", flush=True)
+    method, base = training.load_method(config, mesh)
 
     # --------------------------------------------------------------------------------------- abstract state
     optimizer = optim.make(config.optim, config.lora.dtype)
-    frozen = jax.device_put(frozen, everywhere)
+    frozen = jax.device_put(frozen, rules.shardings(frozen, mesh))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base)
 
     def initial_state(start: layers.Params | None) -> training.State:
@@ -89,9 +99,10 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
         return training.initial_state({name: start}, optimizer, config)
 
     abstract = jax.eval_shape(initial_state, None)
+    shardings = rules.shardings(abstract, mesh)
 
     with (
-        contextlib.closing(training.run_batches(inputs)) as loader,
+        contextlib.closing(training.run_batches(inputs, mesh)) as loader,
         RunState(folder.checkpoints) as saved,
         runs.StopSignals() as stop,
         jax.set_mesh(mesh),
@@ -100,22 +111,24 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
         saved.check_room(abstract)
         start = saved.latest() or 0
         if start:
-            state, position = saved.restore(start, abstract, everywhere)
+            state, position = saved.restore(start, abstract, shardings)
             loader.set_state(position["loader"])
-            print(f"{folder.path}: continuing after step {start}", flush=True)
+            if first:
+                print(f"{folder.path}: continuing after step {start}", flush=True)
         else:
-            state = jax.jit(initial_state, out_shardings=everywhere)(start_adapter)
+            state = jax.jit(initial_state, out_shardings=shardings)(start_adapter)
         del start_adapter
-        metrics = runs.JsonLines(folder.metrics)
+        metrics = runs.JsonLines(folder.metrics) if first else None
         # Rows beyond the checkpoint are made again; a row that was written only for being a run's last goes
         # when the run is extended.
         extended = start < settings.steps
-        metrics.keep(lambda row: row["step"] <= start and not (extended and row["step"] % settings.log_every))
+        if metrics is not None:
+            metrics.keep(lambda row: row["step"] <= start and not (extended and row["step"] % settings.log_every))
         sheet = training.SampleSheet(inputs, method, folder.samples, mesh)
 
         # ------------------------------------------------------------------------------------ compiled step
-        train_step = training.make_step(method, optimizer, config)
-        clock = training.StepClock()
+        train_step = training.make_step(method, optimizer, config, shardings)
+        clock, asked = training.StepClock(), training.StopVote(stop, mesh)
         # The values of the newest step: read only once the following step runs, so that the device never
         # waits.
         pending: tuple[int, training.Values, dict[str, float]] | None = None
@@ -126,7 +139,7 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
                 return
             row = training.host_row(*pending)
             pending = None
-            if row["step"] % settings.log_every == 0 or row["step"] >= settings.steps:
+            if metrics is not None and (row["step"] % settings.log_every == 0 or row["step"] >= settings.steps):
                 metrics.append(row)
             bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
 
@@ -134,10 +147,12 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
             # Metrics first: what a checkpoint continues from must already be on record, and be finite.
             write_pending()
             saved.save(step, state, {"loader": loader.get_state()})
-            training.export(config, folder, training.exported(state, config, frozen)[name], step, base_sha256)
+            adapter = meshes.to_host(training.exported(state, config, frozen)[name], mesh)
+            if first:
+                training.export(config, folder, adapter, step, base_sha256)
 
         # --------------------------------------------------------------------------------------------- loop
-        with runs.progress(settings.steps, "train", done=start, unit="step") as bar:
+        with runs.progress(settings.steps, "train", done=start, unit="step", shown=first) as bar:
             for step in range(start + 1, settings.steps + 1):
                 batch = training.device_batch(next(loader), mesh, inputs.diptychs)
                 clock.data_arrived()
@@ -146,10 +161,11 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
                 pending = (step, values, clock.step(settings.batch))
                 bar.update(1)
                 last = step == settings.steps
-                if stop.signum is not None and not last:
+                signum = asked.heard()
+                if signum is not None and not last:
                     save(step)
                     raise runs.Interrupted(
-                        stop.signum,
+                        signum,
                         f"{folder.path}: saved after step {step} of {settings.steps}; the same command continues",
                     )
                 if last or step % settings.save_every == 0:
@@ -159,7 +175,10 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
                     clock.restart()
         if start >= settings.steps:  # the process that made the last step died before it exported the adapter
             save(start)
-        metrics.close()
+        if metrics is not None:
+            metrics.close()
+    # The first one's exports are there when any process ends.
+    processes.wait_for_all("trained")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from nabla_jax import api, diptychs, optim, reposing, runs
 from nabla_jax.checkpoints import adapters as adapter_files
@@ -28,7 +28,7 @@ from nabla_jax.models import flux, layers, lora
 from nabla_jax.models.autoencoder import AutoencoderKLConfig
 from nabla_jax.models.lora import Adapter
 from nabla_jax.parallel import mesh as meshes
-from nabla_jax.parallel import processes
+from nabla_jax.parallel import processes, rules
 from nabla_jax.prepare import captions_of, load_encoders, pictures_per_call, pictures_source, stored_moments
 
 State = dict[str, Any]
@@ -37,14 +37,16 @@ Values = dict[str, jax.Array]
 BATCH_KEYS = ("target", "subject", "control", "mask", "prompt_embeds", "pooled", "sample")
 
 
-def load_method(config: Config, sharding: NamedSharding) -> tuple[reposing.Method, layers.Params]:
+def load_method(config: Config, mesh: Mesh) -> tuple[reposing.Method, layers.Params]:
     """The frozen transformer on the mesh and the static part of its forward pass.
 
-    Raises UserError for weights that do not fit their configuration.
+    Raises UserError for weights that do not fit their configuration, or heads that do not fit the mesh.
     """
     folder = resolve_base(config)
+    rules.check_heads(pipeline.transformer_config(folder).num_attention_heads, mesh, folder)
+    place = functools.partial(rules.shardings, mesh=mesh)
     transformer = pipeline.load_transformer(
-        folder, dtype=jnp.dtype(config.train.dtype), sharding=sharding, quantise=config.base.quantise
+        folder, dtype=jnp.dtype(config.train.dtype), sharding=place, quantise=config.base.quantise
     )
     vae_config = AutoencoderKLConfig.from_json(folder / "vae" / "config.json")
     method = api.make_method(
@@ -138,9 +140,9 @@ def _no_text(captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     return np.zeros((len(captions), 0, 0), np.float32), np.zeros((len(captions), 0), np.float32)
 
 
-def run_batches(inputs: Input) -> loaders.Loader:
+def run_batches(inputs: Input, mesh: Mesh) -> loaders.Loader:
     """This process's batches of a run."""
-    return inputs.batches(inputs.config.train.batch, inputs.config.train.seed, processes.part())
+    return inputs.batches(inputs.config.train.batch, inputs.config.train.seed, meshes.batch_share(mesh))
 
 
 def _remat(config: Config) -> flux.Remat:
@@ -235,9 +237,11 @@ def composed(
 
 
 def make_step(
-    method: reposing.Method, optimizer: optax.GradientTransformation, config: Config
+    method: reposing.Method, optimizer: optax.GradientTransformation, config: Config, shardings: Any = None
 ) -> Callable[..., tuple[State, Values]]:
     """The compiled step (state, frozen base, batch[, frozen adapters]) -> (state, values); the state is donated.
+
+    ``shardings``, a tree like the state, says how the new one lies; it should lie as the old one did.
 
     The state holds ``adapters`` {name: tree}, ``optimizer``, ``step`` and, with ``train.ema``, the adapters' running
     ``average``; values are the scalars ``loss``, ``grad_norm`` (before clipping) and, for Prodigy, its distance
@@ -273,7 +277,7 @@ def make_step(
             following["average"] = optax.incremental_update(adapters, state["average"], 1 - decay)
         return following, values
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
 
 
 def initial_state(adapters: dict[str, layers.Params], optimizer: optax.GradientTransformation, config: Config) -> State:
@@ -328,6 +332,24 @@ class StepClock:
         }
 
 
+class StopVote:
+    """Whether to stop, the same answer in every process of a run, so that all save the same step."""
+
+    def __init__(self, stop: runs.StopSignals, mesh: Mesh) -> None:
+        self._stop, self._mesh = stop, mesh
+        self._vote: jax.Array | None = None
+
+    def heard(self) -> int | None:
+        """The signal to stop for, or None. All processes must call it in every step.
+
+        Among several processes a signal counts one call after it came, when nobody waits for the answer any more.
+        """
+        if jax.process_count() == 1:
+            return self._stop.signum
+        before, self._vote = self._vote, meshes.highest(self._stop.signum or 0, self._mesh)
+        return None if before is None else int(before) or None
+
+
 def host_row(step: int, values: Values, timing: Mapping[str, float]) -> dict[str, Any]:
     """One line of ``metrics.jsonl``. Waits for the step's values.
 
@@ -339,7 +361,7 @@ def host_row(step: int, values: Values, timing: Mapping[str, float]) -> dict[str
 
 
 def export(config: Config, folder: runs.RunFolder, adapter: Adapter, step: int, base_sha256: str) -> Path:
-    """Writes the adapter of a step and then points ``adapters/last`` at it."""
+    """Writes the adapter of a step, arrays on the host, and then points ``adapters/last`` at it."""
     path = folder.adapter(step, config.lora.name)
     metadata = adapter_metadata(config, step, base_sha256)
     if config.lora.frozen:
@@ -400,17 +422,24 @@ class SampleSheet:
     def draw(self, base: layers.Params, adapters: dict[str, Adapter], step: int) -> Path:
         """Writes ``step_N.png``."""
         count = min(self._config.sample.batch, self.ROWS)
-        count = max(count // self._mesh.size, 1) * self._mesh.size
+        parts = meshes.batch_parts(self._mesh)
+        count = max(count // parts, 1) * parts
+        index, shares = meshes.batch_share(self._mesh)
+        own = slice(count // shares * index, count // shares * (index + 1))
         if self._reposer is None:
             with contextlib.closing(self._inputs.batches(count, self._config.sample.seed)) as loader:
                 batch, encoder = next(loader), self._inputs.diptychs
-                self._batch = dict(batch if encoder is None else jax.device_get(encoder(batch)))
+            if encoder is not None:
+                given = {name: np.asarray(batch[name])[own] for name in (*diptychs.KEYS, "mask")}
+                batch = meshes.to_host(encoder(given), self._mesh)
+            self._batch = dict(batch)
             self._reposer = self._make_reposer(base)
         reposer = dataclasses.replace(self._reposer, adapters=adapters)
         names = (*self._method.pictures, "repaint", "prompt_embeds", "pooled", "sample")
-        inputs = {name: np.asarray(self._batch[name]) for name in names if name in self._batch}
+        inputs = {name: np.asarray(self._batch[name])[own] for name in names if name in self._batch}
         inputs["sample"] = inputs["sample"].astype(np.uint32)
-        columns = [self._decode_mean(reposer, self._batch[name]) for name in (*self._method.pictures, "target")]
+        shown = (*self._method.pictures, "target")
+        columns = [self._decode_mean(reposer, np.asarray(self._batch[name])[own]) for name in shown]
         # No sibling is known here.
         sample = dataclasses.replace(self._config.sample, batch=count, sibling_guidance=1.0)
         columns.append(reposer.draw(inputs, sample))
@@ -420,14 +449,16 @@ class SampleSheet:
         columns = [c.repeat(scale, axis=1).repeat(scale, axis=2) for c, scale in zip(columns, scales, strict=True)]
         sheet = np.concatenate([np.concatenate(list(column), axis=0) for column in columns], axis=1)
         path = self._folder / f"step_{step}.png"
-        write_image(sheet, path)
+        if processes.is_first():
+            write_image(sheet, path)
         return path
 
     def _decode_mean(self, reposer: api.Reposer, moments: Any) -> np.ndarray:
         vae = self._method.vae
         mean = np.split(np.asarray(moments, np.float32), 2, axis=1)[0]
         scaled = (mean - vae.shift_factor) * vae.scaling_factor
-        return api.to_pixels(reposer.decode(reposer.vae.params, meshes.put_batch(scaled, self._mesh)))
+        decoded = reposer.decode(reposer.vae.params, meshes.put_batch(scaled, self._mesh))
+        return api.to_pixels(meshes.to_host(decoded, self._mesh))
 
     def _make_reposer(self, base: layers.Params) -> api.Reposer:
         folder = resolve_base(self._config)

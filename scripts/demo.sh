@@ -9,8 +9,7 @@ cd "$(dirname "$0")/.."
 seed=${WORLD_SEED:-0}
 [[ $seed =~ ^[0-9]+$ ]] || { echo "WORLD_SEED: found '$seed', expected a whole number" >&2; exit 2; }
 python=${PYTHON:-python3}
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
+source launch/environment.sh
 
 run=runs/demo/world-$seed
 report=runs/demo/report

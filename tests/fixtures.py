@@ -169,7 +169,7 @@ def values(root: Path, **overrides: Any) -> dict[str, Any]:
     }
     for key, value in overrides.items():
         section, _, leaf = key.partition("__")
-        config[section][leaf] = value
+        config.setdefault(section, {})[leaf] = value
     return config
 
 

@@ -40,7 +40,7 @@ def arguments(tmp_path: Path, **overrides: Any) -> list[str]:
 @functools.cache
 def opened() -> tuple[reposing.Method, layers.Params]:
     config = fixtures.config(fixtures.prepared_root(), conditioning__method="native")
-    method, base = training.load_method(config, meshes.replicated(meshes.data_mesh()))
+    method, base = training.load_method(config, meshes.data_mesh())
     return dataclasses.replace(method, adapter=None), base
 
 

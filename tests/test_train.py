@@ -213,7 +213,7 @@ def test_samples_are_drawn_during_training(tmp_path: Path) -> None:
 def test_loss_is_the_mean_of_its_samples_in_any_order() -> None:
     config = fixtures.config(fixtures.prepared_root())
     mesh = meshes.data_mesh()
-    method, base = training.load_method(config, meshes.replicated(mesh))
+    method, base = training.load_method(config, mesh)
     fresh = lora.initialize(jax.random.key(0), base, rank=2, alpha=2.0, stacked=flux.STACKED)
     batch = training.device_batch(next(make_loader(config.data.prepared, "all_pairs", 4, 7)), mesh)
     loss = jax.jit(lambda p, b: reposing.loss(method, {"fill": fresh}, p, b, seed=3, guidance=1.0))
@@ -230,7 +230,7 @@ def test_loss_is_the_mean_of_its_samples_in_any_order() -> None:
 def test_loss_of_foreground_and_background_make_up_the_whole() -> None:
     config = fixtures.config(fixtures.prepared_root())
     mesh = meshes.data_mesh()
-    method, base = training.load_method(config, meshes.replicated(mesh))
+    method, base = training.load_method(config, mesh)
     batch = training.device_batch(next(make_loader(config.data.prepared, "all_pairs", 1, 7)), mesh)
     # Whole tokens only, so that foreground and background share none.
     mask = jnp.round(jnp.repeat(jnp.repeat(batch["mask"][:, ::2, ::2], 2, 1), 2, 2))
@@ -250,7 +250,7 @@ def test_loss_of_foreground_and_background_make_up_the_whole() -> None:
 def test_a_high_time_mean_trains_on_noise_alone() -> None:
     config = fixtures.config(fixtures.prepared_root())
     mesh = meshes.data_mesh()
-    method, base = training.load_method(config, meshes.replicated(mesh))
+    method, base = training.load_method(config, mesh)
     method = dataclasses.replace(method, adapter=None)
     batch = training.device_batch(next(make_loader(config.data.prepared, "all_pairs", 2, 7)), mesh)
 
@@ -364,7 +364,7 @@ def test_restored_state_has_the_layout_of_the_mesh(tmp_path: Path) -> None:
         saved.save(5, value, {"loader": {"n": 1}})
     with RunState(tmp_path / "checkpoints") as saved:
         assert saved.latest() == 5
-        restored, position = saved.restore(5, jax.eval_shape(lambda: value), meshes.replicated(mesh))
+        restored, position = saved.restore(5, jax.eval_shape(lambda: value), {"a": meshes.replicated(mesh)})
     assert restored["a"].sharding == value["a"].sharding
     np.testing.assert_array_equal(restored["a"], value["a"])
     assert position == {"loader": {"n": 1}}

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.sharding import Sharding
 
 from nabla_jax.errors import UserError
 
@@ -52,12 +51,12 @@ class RunState:
         args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), position=ocp.args.JsonSave(position))
         self._manager.save(step, args=args, force=True)
 
-    def restore(self, step: int, abstract: Any, sharding: Sharding) -> tuple[Any, dict[str, Any]]:
-        """The arrays (shaped like ``abstract``, laid out by ``sharding``) and the JSON object of a step.
+    def restore(self, step: int, abstract: Any, shardings: Any) -> tuple[Any, dict[str, Any]]:
+        """The arrays (shaped like ``abstract``, laid out by a tree of ``shardings``) and the JSON object of a step.
 
         Raises UserError naming the folder when it does not fit or cannot be read.
         """
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
+        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
         args = ocp.args.Composite(arrays=ocp.args.StandardRestore(target), position=ocp.args.JsonRestore())
         try:
             restored = self._manager.restore(step, args=args)

@@ -21,11 +21,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from nabla_jax.errors import UserError
-from nabla_jax.models import layers
+from nabla_jax.models import layers, partitioning
 from nabla_jax.models.attention import Implementation, attend
 from nabla_jax.models.config_file import read_config
 from nabla_jax.models.layers import Linear, RMSNorm, layer_norm
 from nabla_jax.models.lora import Adapter, Adapters
+from nabla_jax.models.partitioning import BATCH
 
 STACKED = ("transformer_blocks", "single_transformer_blocks")
 Remat = Literal["none", "full", "save_attention", "offload"]
@@ -262,7 +263,7 @@ class TimeTextEmbed(nnx.Module):
             raise ValueError(f"this transformer expects {expected} on every branch")
         if self.guidance_embedder is not None and guidance is not None:
             temb = temb + self.guidance_embedder(sinusoid(guidance), _at(adapter, "guidance_embedder"))
-        return temb.astype(dtype)
+        return partitioning.constrain(temb.astype(dtype), BATCH, None)
 
 
 class Modulation(nnx.Module):
@@ -276,6 +277,7 @@ class Modulation(nnx.Module):
         """[B, D] -> ``chunks`` arrays [B, 1, D] float32."""
         # float32 results: a factor that every token shares is rounded once, where it is used.
         out = self.linear(jax.nn.silu(temb), _linear(adapter, "linear"), dtype=jnp.float32)
+        out = partitioning.constrain(out, BATCH, None)
         return jnp.split(out[:, None, :], self.chunks, axis=-1)
 
 
@@ -368,7 +370,10 @@ def _joint_attention(
         values = _concat([*(v[j] for j in seen), *others.values])
         lengths = [layout.lengths[j] for j in seen] + [key.shape[1] for key in others.keys]
         valid = _join_valid([*(others.valid[j] for j in seen), *others.remembered], lengths, keys.shape[0])
-        mixed = attend(_concat([q[i] for i in queries]), keys, values, valid=valid, implementation=implementation)
+        mixed = partitioning.attend_locally(
+            lambda q, k, v, valid: attend(q, k, v, valid=valid, implementation=implementation),
+            _concat([q[i] for i in queries]), keys, values, valid,
+        )  # fmt: skip
         mixed = mixed.reshape(*mixed.shape[:2], -1)
         bounds = np.cumsum([layout.lengths[i] for i in queries])[:-1]
         for i, part in zip(queries, jnp.split(mixed, bounds, axis=1), strict=True):
@@ -430,7 +435,7 @@ class GELUProjection(nnx.Module):
 
     def __call__(self, x: jax.Array, adapter: Adapter | None) -> jax.Array:
         """[..., in] -> [..., out]."""
-        return jax.nn.gelu(self.proj(x, _linear(adapter, "proj")), approximate=True)
+        return partitioning.hidden(jax.nn.gelu(self.proj(x, _linear(adapter, "proj")), approximate=True))
 
 
 class FeedForward(nnx.Module):
@@ -523,7 +528,8 @@ class SingleBlock(nnx.Module):
             shift, scale, gate = self.norm(temb, _at(adapter, "norm"))
             h = _modulate(h, shift, scale)
             gates.append(gate)
-            hidden.append(jax.nn.gelu(self.proj_mlp(h, _linear(adapter, "proj_mlp")), approximate=True))
+            inner = jax.nn.gelu(self.proj_mlp(h, _linear(adapter, "proj_mlp")), approximate=True)
+            hidden.append(partitioning.hidden(inner))
             projected.append(self.attn.project(h, table, "image", _at(adapter, "attn")))
         q, k, v = (layout.split(layout.single, [p[i] for p in projected]) for i in range(3))
         mixed = layout.join(layout.single, _joint_attention(layout, q, k, v, others, implementation))
@@ -707,10 +713,11 @@ class Flux(nnx.Module):
     def _embed(self, branch: Branch, adapters: dict[str, Adapter], dtype: DTypeLike) -> jax.Array:
         adapter = _of(branch, adapters)
         if branch.kind == "text":
-            return self.context_embedder(branch.tokens.astype(dtype), _linear(adapter, "context_embedder"))
+            tokens = branch.tokens.astype(dtype)
+            return partitioning.stream(self.context_embedder(tokens, _linear(adapter, "context_embedder")))
         # float32: near time 0 the velocity is a small difference in the noisy tokens, divided by the time.
         tokens = branch.tokens.astype(jnp.float32)
-        return self.x_embedder(tokens, _linear(adapter, "x_embedder")).astype(dtype)
+        return partitioning.stream(self.x_embedder(tokens, _linear(adapter, "x_embedder")).astype(dtype))
 
 
 def _join_axis(tables: Sequence[Any]) -> jax.Array:
@@ -752,7 +759,8 @@ def _run(
         seen = others._replace(keys=tuple(k for k, _ in remembered), values=tuple(v for _, v in remembered))
         module = layers.bind(graphdef, params)
         x, keys_and_values = module(x, tembs, tables, layout, adapters, seen, options.implementation)
-        return x, keys_and_values if keep else ()
+        # What is kept between blocks: without a constraint XLA lays it out anew in each of them.
+        return [partitioning.stream(y) for y in x], keys_and_values if keep else ()
 
     body = _remat(body, options.remat)
     stacked = (params, adapters, remembered)

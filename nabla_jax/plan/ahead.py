@@ -1,0 +1,117 @@
+"""The true training step compiled for devices that are not here, and how much memory each would need.
+
+libtpu holds the real TPU compiler and needs no TPU: it refuses programs that do not fit. Nothing is allocated.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from nabla_jax import training
+from nabla_jax.config import Config
+from nabla_jax.errors import UserError
+from nabla_jax.models.partitioning import AXES
+from nabla_jax.parallel import rules
+from nabla_jax.parallel.mesh import batched
+from nabla_jax.plan import networks
+from nabla_jax.plan.machines import Topology
+from nabla_jax.plan.meshes import MeshShape
+from nabla_jax.plan.networks import Networks
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of one device.
+
+    Attributes:
+      fits: whether it accepted the program; what it said is ``message``, empty if it did.
+      arguments, temporaries, results: bytes; results that take the place of arguments are not counted.
+      peak: as the compiler gives it, 0 where it does not.
+      seconds: that lowering and compiling took.
+    """
+
+    fits: bool
+    message: str
+    arguments: int = 0
+    temporaries: int = 0
+    results: int = 0
+    peak: int = 0
+    seconds: float = 0.0
+
+    @property
+    def total(self) -> int:
+        """Arguments, temporaries and results together."""
+        return self.arguments + self.temporaries + self.results
+
+
+def can_compile(topology: Topology) -> bool:
+    """Whether the compiler for a topology is installed; there is none for GPUs that are not here."""
+    if topology.device.kind == "tpu":
+        return importlib.util.find_spec("libtpu") is not None
+    return topology.device.kind == "cpu"
+
+
+def compile_step(config: Config, found: Networks, topology: Topology, shape: MeshShape) -> Compiled:
+    """Lowers and compiles ``training.make_step`` for a topology.
+
+    Raises UserError where the compiler is not installed or does not know the topology.
+    """
+    mesh = _mesh(topology, shape)
+    batch = networks.batch_shapes(config, found.architecture, config.train.batch)
+    state = rules.shardings(found.state, mesh)
+    arguments = [
+        _placed(found.state, state),
+        _placed(found.base, rules.shardings(found.base, mesh)),
+        _placed(batch, jax.tree.map(lambda _: batched(mesh), batch)),
+        _placed(found.frozen, rules.shardings(found.frozen, mesh)),
+    ]
+    step: Any = training.make_step(found.method, found.optimizer, config, state)
+    start = time.perf_counter()
+    with jax.set_mesh(mesh):
+        lowered = step.lower(*arguments)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            # What the compiler refuses for want of memory is an answer; all else is a bug.
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            message = next(line for line in str(error).splitlines() if line.strip())
+            return Compiled(False, message, seconds=time.perf_counter() - start)
+    used = compiled.memory_analysis()
+    return Compiled(
+        True, "", used.argument_size_in_bytes, used.temp_size_in_bytes,
+        used.output_size_in_bytes - used.alias_size_in_bytes, int(getattr(used, "peak_memory_in_bytes", 0)),
+        time.perf_counter() - start,
+    )  # fmt: skip
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def _mesh(topology: Topology, shape: MeshShape) -> Mesh:
+    sizes = tuple(shape[axis] for axis in AXES)
+    axes = (AxisType.Auto,) * len(AXES)
+    if topology.device.kind == "cpu":
+        devices = jax.devices("cpu")[: math.prod(sizes)]
+        return jax.make_mesh(sizes, AXES, axis_types=axes, devices=devices)
+    if not can_compile(topology):
+        how = "make plan-tpu installs it" if topology.device.kind == "tpu" else "GPUs have none without one"
+        raise UserError(f"--compile: {topology.name}: found no compiler for {topology.device.kind}s here: {how}")
+    from jax.experimental import topologies
+
+    # Without it libtpu asks a metadata server that only Cloud TPU machines have.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    try:
+        described = topologies.get_topology_desc(topology.name, "tpu")
+    except (RuntimeError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"--topology: {topology.name}: the compiler does not know it: {first}") from error
+    return Mesh(np.array(described.devices).reshape(sizes), AXES, axis_types=axes)

@@ -1,0 +1,75 @@
+"""One run of several processes: the numbers of one process, one folder, a stop in all of them at one step."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nabla_jax import runs, train
+from nabla_jax.parallel import processes
+from tests import fixtures
+from tests.parallel.test_train_on_meshes import assert_same_training
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(config: Path, count: int, devices: int) -> list[subprocess.Popen[str]]:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    common = os.environ | {"XLA_FLAGS": fixtures.fake_devices(devices), processes.COORDINATOR: address}
+    words = [sys.executable, "-m", "nabla_jax.train", "--config", str(config)]
+    return [
+        subprocess.Popen(
+            words, env={**common, processes.COUNT: str(count), processes.INDEX: str(i)}, cwd=ROOT,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def finish(started: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    errors = [process.communicate(timeout=600)[1] for process in started]
+    return [(process.returncode, error) for process, error in zip(started, errors, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("count", "devices", "mesh"),
+    # Parts of the batch in different processes; heads cut across processes, which then hold the same samples.
+    [(2, 2, {"mesh__fsdp": 2, "mesh__tensor": 2}), (4, 1, {"mesh__tensor": 2, "mesh__sequence": 2})],
+)
+def test_several_processes_train_as_one(count: int, devices: int, mesh: dict[str, int], tmp_path: Path) -> None:
+    def write(name: str, **overrides: Any) -> Path:
+        settings = {"train__workdir": str(tmp_path / "run"), **overrides}
+        return fixtures.write_config(fixtures.prepared_root(), tmp_path / name, **settings)
+
+    for status, error in finish(start(write("many.py", train__steps=2, train__sample_every=2, **mesh), count, devices)):
+        assert status == 0, error
+    assert len(runs.read_rows(tmp_path / "run" / "metrics.jsonl")) == 2
+    assert (tmp_path / "run" / "samples" / "step_2.png").is_file()
+    train.main(["--config", str(write("one.py"))])
+    assert_same_training(tmp_path / "run", fixtures.trained_run(), 4)
+
+
+def test_a_signal_to_one_stops_all_at_one_step(tmp_path: Path) -> None:
+    settings = {"train__workdir": str(tmp_path / "run"), "train__steps": 100_000, "mesh__fsdp": 2}
+    config = fixtures.write_config(fixtures.prepared_root(), tmp_path / "config.py", **settings)
+    started = start(config, 2, 1)
+    log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 300
+    while not (log.is_file() and len(log.read_text().splitlines()) > 3):
+        assert time.monotonic() < deadline and all(process.poll() is None for process in started)
+        time.sleep(0.2)
+    started[1].send_signal(signal.SIGTERM)
+    ended = finish(started)
+    assert [status for status, _ in ended] == [128 + signal.SIGTERM] * 2, ended
+    folder = runs.RunFolder(tmp_path / "run")
+    rows = runs.read_rows(log)
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert folder.last_step() == len(rows)
+    assert all(f"saved after step {len(rows)} of 100000" in error for _, error in ended)
