@@ -51,7 +51,7 @@ def trained_file() -> Path:
 def opened() -> tuple[training.Input, reposing.Method, layers.Params]:
     """What training opens: the pictures and their encoder, the method, the base."""
     mesh = meshes.data_mesh()
-    method, base = training.load_method(config(), meshes.replicated(mesh))
+    method, base = training.load_method(config(), mesh)
     return training.open_input(config(), mesh), method, base
 
 
