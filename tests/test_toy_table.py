@@ -320,7 +320,8 @@ def test_variants_and_distances(collected: tuple[Path, dict[str, Any]]) -> None:
     row = next(r for r in found["comparisons"] if r["metric"] == "rmse" and r["benchmark"] == "toy-nabla")
     found["comparisons"].append({**row, "model": name, "baseline": "omk_fill", "mean": 1.5, "low": 0.5, "high": 2.5})
     other = {"model": "omk_fill+other", "baseline": "omk_fill"}
-    found["systems"].append({**found["systems"][-1], "model": other["model"]})
+    trained = {"commit": "0" * 40, "date": "2026-11-21", "devices": None}
+    found["systems"].append({**found["systems"][-1], "model": other["model"], "trained": trained})
     drawn = {**other, "model": "omk_fill+drawn"}
     found["systems"].append({**found["systems"][-1], "model": drawn["model"], "trained": None})
     found["comparisons"] += [{**row, **pair, "mean": -1.5, "low": -2.5, "high": -0.5} for pair in (other, drawn)]
