@@ -33,6 +33,7 @@ COMPARED = (*PAPER, *IDENTITY, "subject_effect")
 MAIN = ("rmse", "normalised_identity")
 UNUSED = {f.name for f in dataclasses.fields(PairScore)} & {*summary.ALL_METRICS, "retrieval_rank"} - {*COMPARED}
 NATIVE = "untuned:kontext_native"
+SEED = "omk_fill+seed"  # the same training but for its seed
 SETTINGS = ("base.path", "data.", "conditioning.", "lora.", "optim.", "train.", "sample.")
 PLACES = ("data.root", "data.prepared", "data.obtain", "train.workdir")  # settings of no interest
 
@@ -384,13 +385,15 @@ def _regressions(results: Mapping[str, Any]) -> str:
 
 def _variants(results: Mapping[str, Any], group: str, title: str) -> str:
     systems = [s for s in results["systems"] if s["group"] == group]
+    trained = {s["model"] for s in systems if s["trained"] and s["model"] != SEED}
     cells = {(r["model"], r["benchmark"], r["metric"]): r for r in results["rows"]}
     found = {(r["model"], r["baseline"], r["benchmark"], r["metric"]): r for r in results["comparisons"]}
     out = [
         f"## {title}",
         "",
         "Each variant is `configs/omk_fill.py:toy` but for one thing. Differences are paired, from the row named under "
-        "“against”; where the interval holds zero, the variant is not shown to matter.",
+        "“against”; where the interval holds zero, the variant is not shown to matter. Nor is it where a training of "
+        f"its own differs no more than `{SEED}` does, which is told in so many words.",
         "",
         _table(
             ["model", "what differs", "settings"],
@@ -410,10 +413,20 @@ def _variants(results: Mapping[str, Any], group: str, title: str) -> str:
             line = [f"`{model}`", f"`{base}`" if base else "–"]
             for metric in MAIN:
                 row = found.get((model, base, benchmark, metric))
-                line += [_cell(cells.get((model, benchmark, metric))), _cell(row), "–" if row is None else verdict(row)]
+                seed = found.get((SEED, "omk_fill", benchmark, metric)) if model in trained else None
+                line += [_cell(cells.get((model, benchmark, metric))), _cell(row), _beside_seed(row, seed)]
             lines.append(line)
         out.append(f"### {title}: {benchmark}\n\n{_table(head, lines)}")
     return "\n".join(out)
+
+
+def _beside_seed(row: Row | None, seed: Row | None) -> str:
+    """The verdict on a difference, and whether another seed makes as large a one, where that is known."""
+    if row is None:
+        return "–"
+    found = verdict(row)
+    within = seed is not None and abs(row["mean"]) <= abs(seed["mean"])
+    return f"{found}, no more than another seed" if within and found != "open" else found
 
 
 def _distances(results: Mapping[str, Any]) -> str:

@@ -319,11 +319,19 @@ def test_variants_and_distances(collected: tuple[Path, dict[str, Any]]) -> None:
     found["rows"] += [{**r, "model": name} for r in found["rows"] if r["model"] == "oms_fill"]
     row = next(r for r in found["comparisons"] if r["metric"] == "rmse" and r["benchmark"] == "toy-nabla")
     found["comparisons"].append({**row, "model": name, "baseline": "omk_fill", "mean": 1.5, "low": 0.5, "high": 2.5})
+    other = {"model": "omk_fill+other", "baseline": "omk_fill"}
+    trained = {"commit": "0" * 40, "date": "2026-11-21", "devices": None}
+    found["systems"].append({**found["systems"][-1], "model": other["model"], "trained": trained})
+    drawn = {**other, "model": "omk_fill+drawn"}
+    found["systems"].append({**found["systems"][-1], "model": drawn["model"], "trained": None})
+    found["comparisons"] += [{**row, **pair, "mean": -1.5, "low": -2.5, "high": -0.5} for pair in (other, drawn)]
     first = next(r for r in found["rows"] if (r["model"], r["metric"]) == (name, "rmse"))
     found["distances"] = [{**first, "group": "distance", "value": "2"}]
     page = results.markdown(found)
     assert lines(page, f"`{name}`", "another seed") == [[f"`{name}`", "another seed", "`train.seed=43`"]]
     assert lines(page, f"`{name}`", "`omk_fill`")[0][2:5] == [format_cell(first), "1.5 [0.5, 2.5]", "worse"]
+    cells = [lines(page, f"`omk_fill+{what}`", "`omk_fill`")[0][3:5] for what in ("other", "drawn")]
+    assert cells == [["−1.5 [−2.5, −0.5]", "better, no more than another seed"], ["−1.5 [−2.5, −0.5]", "better"]]
     assert lines(page, "model", f"toy-nabla, 2 ({first['n']} pairs)")
     assert lines(page, f"`{name}`", format_cell(first))
 
