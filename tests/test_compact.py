@@ -47,7 +47,7 @@ def test_a_token_lies_in_the_middle_of_what_it_covers(height: int, width: int, c
 
 def opened(**changes: Any) -> tuple[reposing.Method, layers.Params]:
     config = fixtures.config(fixtures.prepared_root(), conditioning__compact=2)
-    method, base = training.load_method(config, meshes.replicated(meshes.data_mesh()))
+    method, base = training.load_method(config, meshes.data_mesh())
     return dataclasses.replace(method, adapter=None, **changes), base
 
 

@@ -115,7 +115,7 @@ def test_training_passes_through_the_sum() -> None:
     """The first step's loss is that of the frozen adapter alone; the third's that of the file exported before it."""
     config = fixtures.config(fixtures.prepared_root(), **LEVEL)
     mesh = meshes.data_mesh()
-    method, base = training.load_method(config, meshes.replicated(mesh))
+    method, base = training.load_method(config, mesh)
     loader = training.run_batches(training.open_input(config, mesh))
     batches = [training.device_batch(next(loader), mesh) for _ in range(3)]
     loader.close()
@@ -229,7 +229,7 @@ def test_a_step_keeps_every_dtype(dtype: str) -> None:
     """A state that changed its dtypes would be compiled twice and could not be restored. The average is float32."""
     config = fixtures.config(fixtures.prepared_root(), lora__dtype=dtype, train__ema=0.9)
     mesh = meshes.data_mesh()
-    method, base = training.load_method(config, meshes.replicated(mesh))
+    method, base = training.load_method(config, mesh)
     fresh = lora.initialize(jax.random.key(0), base, rank=2, alpha=2.0, stacked=flux.STACKED).params
     optimizer = optim.make(config.optim, dtype)
     batch = training.device_batch(next(make_loader(config.data.prepared, "all_pairs", 2, 7)), mesh)

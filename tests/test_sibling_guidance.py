@@ -42,7 +42,7 @@ def test_one_step_goes_along_the_line_from_sibling_to_subject(changes: dict[str,
     """A step of Euler's method is affine in the velocity: what is drawn at s is a + s (b - a) for the sibling's
     picture a and the subject's b."""
     config = fixtures.config(fixtures.prepared_root())
-    method, base = training.load_method(config, meshes.replicated(meshes.data_mesh()))
+    method, base = training.load_method(config, meshes.data_mesh())
     sampler = reposing.make_sampler(dataclasses.replace(method, adapter=None, **changes))
 
     def draw(inputs: dict[str, np.ndarray], strength: float | None = None) -> np.ndarray:
@@ -60,9 +60,7 @@ def test_one_step_goes_along_the_line_from_sibling_to_subject(changes: dict[str,
 
 
 def test_both_guidances_at_once_are_refused() -> None:
-    method, base = training.load_method(
-        fixtures.config(fixtures.prepared_root()), meshes.replicated(meshes.data_mesh())
-    )
+    method, base = training.load_method(fixtures.config(fixtures.prepared_root()), meshes.data_mesh())
     two = jnp.float32(2)
     levels = np.array([1.0, 0.0], np.float32)
     with pytest.raises(UserError, match="image_guidance, sibling_guidance: found both"):
