@@ -116,7 +116,7 @@ def test_training_passes_through_the_sum() -> None:
     config = fixtures.config(fixtures.prepared_root(), **LEVEL)
     mesh = meshes.data_mesh()
     method, base = training.load_method(config, mesh)
-    loader = training.run_batches(training.open_input(config, mesh))
+    loader = training.run_batches(training.open_input(config, mesh), mesh)
     batches = [training.device_batch(next(loader), mesh) for _ in range(3)]
     loader.close()
 

@@ -270,10 +270,14 @@ def test_a_value_that_is_not_finite_stops_the_run() -> None:
 
 
 def test_batch_must_fit_the_devices() -> None:
-    two_devices = types.SimpleNamespace(size=2)
+    two_devices = types.SimpleNamespace(size=2, shape={"data": 2})
     meshes.check_batch(4, two_devices, "train.batch")
     with pytest.raises(UserError, match=r"train\.batch: found 5, expected a multiple of the 2 devices"):
         meshes.check_batch(5, two_devices, "train.batch")
+    cut = types.SimpleNamespace(size=8, shape={"data": 2, "fsdp": 2, "tensor": 2})
+    meshes.check_batch(4, cut, "train.batch")
+    with pytest.raises(UserError, match=r"found 6, expected a multiple of the 4 parts of the mesh's data and fsdp"):
+        meshes.check_batch(6, cut, "train.batch")
 
 
 # ------------------------------------------------------------------------------------------------- bad input
