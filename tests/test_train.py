@@ -346,6 +346,7 @@ def test_unwritable_run_folder(tmp_path: Path) -> None:
 
 
 def test_full_disk_is_told_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixtures.prepared_root()  # needs a disk with room
     usage = types.SimpleNamespace(total=2**30, used=2**30, free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match=r"run/checkpoints: disk too full: a checkpoint needs \d+ MiB, 0 MiB"):
