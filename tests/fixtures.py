@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -108,6 +109,13 @@ def write_redux(folder: Path, seed: int = 0, width: int = 16) -> Path:
 def fake_devices(count: int) -> str:
     """XLA_FLAGS of a command that sees so many devices, beside the suite's own."""
     return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
+
+
+def free_address() -> str:
+    """``localhost:port`` with a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return f"localhost:{probe.getsockname()[1]}"
 
 
 def write_adapter(path: Path, base: Path, metadata: adapters.AdapterMetadata, seed: int = 0) -> Path:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from nabla_jax.metrics import networks as nets
 from nabla_jax.metrics import perception, pixels, statistics, summary
 from nabla_jax.parallel import processes
 from tests import fake_world
+from tests.fixtures import free_address
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = 14
@@ -595,9 +595,7 @@ if __name__ == "__main__":
 
 def test_two_processes_give_the_table_of_one(world, judged, tmp_path):
     """Each with a folder of its own for results, as on machines that share no disk."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
+    address = free_address()
     environment = fake_world.environment(fake_world.register(tmp_path / "installed"))
     settings = {processes.COORDINATOR: address, processes.COUNT: "2"}
     outs = [tmp_path / str(index) for index in range(2)]

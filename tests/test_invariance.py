@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -183,9 +182,7 @@ def _generate(commands: str, last: str = "") -> None:
 
 
 def start_two(commands: list[list[str]], *further: str) -> list[subprocess.Popen[str]]:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
+    address = fixtures.free_address()
     settings = {processes.COORDINATOR: address, processes.COUNT: "2"}
     texts = (json.dumps(commands), *further)
     return [start("_generate", *texts, **settings, **{processes.INDEX: str(i)}) for i in range(2)]

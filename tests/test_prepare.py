@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -36,7 +35,7 @@ from nabla_jax.prepare import compile_encoder, estimate, prepare
 from tests import stand_ins
 from tests.checkpoints.pipeline_folder import write_pipeline
 from tests.data.folders import LEAVES, file_of, write_nabirds
-from tests.fixtures import fake_devices
+from tests.fixtures import fake_devices, free_address
 from tests.stand_ins import SIZE, config_for, encoders, pool
 
 
@@ -409,9 +408,7 @@ print(calls)
 
 def test_two_processes_write_one_folder(root: Path, tmp_path: Path) -> None:
     expected = contents(prepare(config_for(root, tmp_path / "whole"), encoders()))
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
+    address = free_address()
     settings = {processes.COORDINATOR: address, processes.COUNT: "2", "PYTHONPATH": "."}
     running = [
         subprocess.Popen(

@@ -19,15 +19,19 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
+def fill_sizes(sizes: Mapping[str, int], count: int) -> dict[str, int]:
+    """The size of every axis, in their order; ``data`` 0 is as many of ``count`` devices as the others leave."""
+    others = math.prod(size for axis, size in sizes.items() if axis != DATA)
+    return {axis: sizes[axis] for axis in AXES} | {DATA: sizes[DATA] or max(count // others, 1)}
+
+
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """All devices along ``partitioning.AXES``; ``data`` 0 stands for what the others leave.
 
     Raises UserError unless the product of the sizes is the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = {axis: sizes[axis] for axis in AXES}
-    others = math.prod(size for axis, size in shape.items() if axis != DATA)
-    shape[DATA] = shape[DATA] or max(len(devices) // others, 1)
+    shape = fill_sizes(sizes, len(devices))
     if math.prod(shape.values()) != len(devices):
         said = ", ".join(f"{axis} {sizes[axis]}" for axis in AXES)
         raise UserError(f"mesh: found {said}, expected sizes whose product is the {len(devices)} devices")

@@ -9,7 +9,6 @@ configuration. For TPUs the real compiler is asked where ``make plan-tpu`` has i
 import argparse
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,13 +77,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 def configured_mesh(config: configs.Config, devices: int) -> str:
-    """The mesh that the configuration asks for, as ``--mesh`` takes it; empty where it asks for none."""
-    section = getattr(config, "mesh", None)
-    if section is None:
-        return ""
-    sizes: dict[str, int] = dataclasses.asdict(section)
-    # 0: as many as the others leave.
-    sizes["data"] = sizes["data"] or max(devices // math.prod(size for size in sizes.values() if size), 1)
+    """The mesh that the configuration asks for, as ``--mesh`` takes it."""
+    from nabla_jax.parallel.mesh import fill_sizes
+
+    sizes = fill_sizes(dataclasses.asdict(config.mesh), devices)
     return ",".join(f"{axis}={size}" for axis, size in sizes.items())
 
 

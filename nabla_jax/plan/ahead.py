@@ -19,7 +19,7 @@ from nabla_jax.config import Config
 from nabla_jax.errors import UserError
 from nabla_jax.models.partitioning import AXES
 from nabla_jax.parallel import rules
-from nabla_jax.parallel.mesh import batched
+from nabla_jax.parallel.mesh import batched, make_mesh
 from nabla_jax.plan import networks
 from nabla_jax.plan.machines import Topology
 from nabla_jax.plan.meshes import MeshShape
@@ -97,11 +97,8 @@ def _placed(tree: Any, shardings: Any) -> Any:
 
 
 def _mesh(topology: Topology, shape: MeshShape) -> Mesh:
-    sizes = tuple(shape[axis] for axis in AXES)
-    axes = (AxisType.Auto,) * len(AXES)
     if topology.device.kind == "cpu":
-        devices = jax.devices("cpu")[: math.prod(sizes)]
-        return jax.make_mesh(sizes, AXES, axis_types=axes, devices=devices)
+        return make_mesh(shape, jax.devices("cpu")[: math.prod(shape.values())])
     if not can_compile(topology):
         how = "make plan-tpu installs it" if topology.device.kind == "tpu" else "GPUs have none without one"
         raise UserError(f"--compile: {topology.name}: found no compiler for {topology.device.kind}s here: {how}")
@@ -114,4 +111,5 @@ def _mesh(topology: Topology, shape: MeshShape) -> Mesh:
     except (RuntimeError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise UserError(f"--topology: {topology.name}: the compiler does not know it: {first}") from error
-    return Mesh(np.array(described.devices).reshape(sizes), AXES, axis_types=axes)
+    sizes = tuple(shape[axis] for axis in AXES)
+    return Mesh(np.array(described.devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -37,7 +37,7 @@ from nabla_jax.models.layers import Params
 from nabla_jax.models.lora import Adapter
 from nabla_jax.pretrain import transformer
 from nabla_jax.pretrain.pictures import Pictures
-from nabla_jax.pretrain.state import State, fit, make_update, muon
+from nabla_jax.pretrain.state import State, draw_task, fit, make_update, muon
 from nabla_jax.pretrain.transformer import EncodeText, Latents
 from nabla_jax.runs import progress, write_atomic
 
@@ -260,7 +260,7 @@ def draw_batch(diptychs: Diptychs, latents: Latents, step: int, settings: Settin
     What the step's task does not read is empty: features [B, 0, D] without Redux tokens, ids [B, 0] with them.
     """
     rng = np.random.default_rng((settings.seed, step))
-    task = TASKS[int(np.searchsorted(np.cumsum(settings.tasks), rng.random() * sum(settings.tasks)))]
+    task = draw_task(rng, TASKS, settings.tasks)
     no_ids = np.zeros((settings.batch, 0), np.int32)
     no_features = np.zeros((settings.batch, 0, diptychs.single_features.shape[-1]), np.float16)
     if task != "diptych":

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,11 @@ from safetensors.numpy import load_file, save_file
 
 from nabla_jax import runs
 from nabla_jax.errors import UserError
+
+
+def draw_task(rng: np.random.Generator, tasks: Sequence[str], shares: Sequence[float]) -> str:
+    """One of ``tasks``, drawn by its share of the sum of ``shares``."""
+    return tasks[int(np.searchsorted(np.cumsum(shares), rng.random() * sum(shares)))]
 
 
 def save_arrays(path: Path, step: int, tree: Any) -> None:

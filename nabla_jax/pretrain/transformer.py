@@ -33,7 +33,7 @@ from nabla_jax.flow.path import interpolate, logit_normal_time, pack, velocity
 from nabla_jax.models import layers
 from nabla_jax.models.flux import Flux, FluxConfig
 from nabla_jax.models.layers import Params
-from nabla_jax.pretrain.state import load_arrays, muon, save_arrays
+from nabla_jax.pretrain.state import draw_task, load_arrays, muon, save_arrays
 
 TASKS = ("caption", "reference", "edit", "compose", "pair")
 
@@ -239,7 +239,7 @@ def loss(
 def draw_batch(latents: Latents, step: int, settings: Settings) -> tuple[str, dict[str, np.ndarray]]:
     """The task and the arrays of one step."""
     rng = np.random.default_rng((settings.seed, step))
-    task = TASKS[int(np.searchsorted(np.cumsum(settings.tasks), rng.random() * sum(settings.tasks)))]
+    task = draw_task(rng, TASKS, settings.tasks)
     index = rng.integers(len(latents.whole), size=settings.batch)
     view = rng.integers(2, size=settings.batch)
     if task == "compose":

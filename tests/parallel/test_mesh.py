@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 from nabla_jax.errors import UserError
 from nabla_jax.parallel import mesh as meshes
 from nabla_jax.parallel import processes
-from tests.fixtures import fake_devices
+from tests.fixtures import fake_devices, free_address
 
 PROGRAM = """
 import json
@@ -74,9 +73,7 @@ def test_four_devices() -> None:
 
 
 def test_two_processes_of_two_devices() -> None:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
+    address = free_address()
     settings = {processes.COORDINATOR: address, processes.COUNT: "2"}
     running = [_start(2, settings | {processes.INDEX: str(index)}) for index in range(2)]
     for index, result in enumerate(map(_finish, running)):

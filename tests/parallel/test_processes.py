@@ -13,6 +13,7 @@ import pytest
 
 from nabla_jax.errors import UserError
 from nabla_jax.parallel import processes
+from tests.fixtures import free_address
 
 TIMEOUT = 8  # seconds
 
@@ -37,9 +38,7 @@ class Pair:
     """Two processes over gloo, each with its own statements."""
 
     def __init__(self, *statements: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            address = f"localhost:{probe.getsockname()[1]}"
+        address = free_address()
         settings = {processes.COORDINATOR: address, processes.COUNT: "2", processes.TIMEOUT: str(TIMEOUT)}
         self.processes = [
             subprocess.Popen(

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,9 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def start(config: Path, count: int, devices: int) -> list[subprocess.Popen[str]]:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
+    address = fixtures.free_address()
     common = os.environ | {"XLA_FLAGS": fixtures.fake_devices(devices), processes.COORDINATOR: address}
     words = [sys.executable, "-m", "nabla_jax.train", "--config", str(config)]
     return [
