@@ -1,8 +1,10 @@
-"""Makes pictures: whole benchmarks, or the bird of one picture in the pose of another.
+"""Makes pictures: whole benchmarks, or the bird of one picture, or each of several, in the pose of another.
 
     python -m nabla_jax.generate --config configs/omk_fill.py --adapter runs/omk_fill --out pictures/omk_fill
     python -m nabla_jax.generate --config configs/omk_fill.py --adapter runs/omk_fill --subject a.jpg
         --subject_mask a_mask.png --target b.jpg --target_mask b_mask.png --out c.png
+    python -m nabla_jax.generate --config configs/omk_fill.py --adapter runs/omk_fill --plate terns.csv
+        --target b.jpg --target_mask b_mask.png --out terns
 
 A benchmark's pictures go to ``OUT/BENCHMARK/right`` and, with a subject of another species,
 ``OUT/BENCHMARK/shuffled``: ``PAIR.png`` at the target's size and one row of ``manifest.jsonl`` each. The
@@ -25,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nabla_jax import config as configs
-from nabla_jax import runs
+from nabla_jax import one_target, runs
 from nabla_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,7 +39,6 @@ Array = np.ndarray[Any, Any]
 
 KINDS = ("right", "shuffled")
 CEILING = "autoencoder-ceiling"
-_ONE = ("subject", "subject_mask", "target", "target_mask")
 # Settings that rows name only where they are in use, so that older sets of pictures can be continued.
 _NAMED_IN_USE = ("control_adapter_sha256", "image_guidance", "sibling_guidance", "compact", "method", "quantise")
 
@@ -45,14 +46,10 @@ _NAMED_IN_USE = ("control_adapter_sha256", "image_guidance", "sibling_guidance",
 def main(argv: Sequence[str]) -> None:
     """The command."""
     config, arguments = configs.parse_command(argv, "Makes pictures.", _add_arguments)
-    one = [name for name in _ONE if getattr(arguments, name) is not None]
-    missing = [f"--{name}" for name in _ONE if name not in one and not _extractable(config, name)]
-    if one and missing:
-        needed = "--subject, --subject_mask, --target and --target_mask"
-        raise UserError(f"one picture needs {needed}; missing {', '.join(missing)}")
-    configs.check_inputs(config, "generate", [] if one else _benchmarks(config, arguments))
-    if one:
-        _make_one(config, arguments)
+    single = one_target.wanted(config, arguments)
+    configs.check_inputs(config, "generate", [] if single else _benchmarks(config, arguments))
+    if single:
+        one_target.make(config, arguments, _load, _settings)
     else:
         _make_benchmarks(config, arguments)
 
@@ -65,14 +62,16 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="safetensors file, training run, asset:NAME, or none for the bare base",
     )
     add("--control_adapter", help="the control's own adapter, if --adapter is the subject's alone")
-    add("--out", required=True, type=Path, help="folder for benchmarks, or the file of one picture")
+    add("--out", required=True, type=Path, help="folder for benchmarks and plates, or the file of one picture")
     add("--benchmark", action="append", default=[], metavar="NAME", help="only this one; repeatable")
     add("--subjects", default=",".join(KINDS), help="right, shuffled or both (right,shuffled)")
     add("--limit", type=int, help="only N pairs of each benchmark, spread over its classes")
     add("--reference", choices=(CEILING,), help="instead of a model: the right answer through the autoencoder")
     add("--subject", type=Path, help="one picture: whose bird")
     add("--subject_mask", type=Path, help="may be left out where there are checkpoints to find the bird with")
-    add("--target", type=Path, help="one picture: in which pose and place")
+    add("--plate", type=Path, metavar="CSV", help="several birds in the target's pose: columns label, picture and mask")
+    add("--arrows", type=Path, metavar="CSV", help="for --plate: columns label, row, column and text")
+    add("--target", type=Path, help="one picture or plate: in which pose and place")
     add("--target_mask", type=Path)
     add("--sibling", type=Path, help="for sample.sibling_guidance: a bird of a related species")
     add("--sibling_mask", type=Path, help="may be left out as --subject_mask may")
@@ -104,89 +103,6 @@ def _load(config: configs.Config, adapter: str, control_adapter: str | None) -> 
         quantise=config.base.quantise,
         mesh=config.mesh,
     )
-
-
-def _extractable(config: configs.Config, name: str) -> bool:
-    """Whether there are checkpoints that make what the argument ``name`` would give."""
-    masks = ("sam2", "grounding_dino")
-    used: dict[str, tuple[str, ...]] = {
-        "subject_mask": masks,
-        "target_mask": masks,
-        "sibling_mask": masks,
-        "target_depth": ("depth_anything",),
-        "target_caption": ("captioner",),
-        "target_keypoints": ("keypoints", "dinov2"),
-    }
-    from nabla_jax.extract import checkpoints
-
-    return name in used and checkpoints.is_there(config.extract, *used[name])
-
-
-def _read_one(image: Path, mask: Path | None, config: configs.Config) -> tuple[Array, Array]:
-    """A picture and the silhouette in its mask's file, or else the one that is found in it."""
-    from nabla_jax import extract
-    from nabla_jax.data import controls
-
-    if mask is not None:
-        return controls.read_pair(image, mask)
-    pixels = controls.read_image(image)
-    return pixels, extract.mask(pixels, config.extract.text, config.extract)
-
-
-def _make_one(config: configs.Config, arguments: argparse.Namespace) -> None:
-    from nabla_jax import extract
-    from nabla_jax.data import controls
-    from nabla_jax.images import write_image
-
-    if arguments.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise UserError(f"--out: found {arguments.out}, expected the name of a .png, .jpg or .webp file")
-    # Pictures are read before weights.
-    needs = controls.find_control(config.conditioning.control).needs
-    given = None if needs is None else getattr(arguments, f"target_{needs}")
-    if needs is not None and given is None and not _extractable(config, f"target_{needs}"):
-        raise UserError(f"control {config.conditioning.control}: missing --target_{needs}")
-    described = config.conditioning.caption == "background"
-    if described and not arguments.target_caption and not _extractable(config, "target_caption"):
-        raise UserError("caption background: missing --target_caption")
-    sibling = _read_sibling(config, arguments)
-    subject = _read_one(arguments.subject, arguments.subject_mask, config)
-    target = _read_one(arguments.target, arguments.target_mask, config)
-    height, width = target[0].shape[:2]
-    depth = None
-    if needs == "depth":
-        depth = extract.depth(target[0], config.extract) if given is None else controls.read_depth(given, height, width)
-    keypoints = None
-    if needs == "keypoints":
-        keypoints = (
-            extract.keypoints(target[0], target[1], config.extract)
-            if given is None
-            else controls.read_keypoints(given, height, width)
-        )
-    caption = arguments.target_caption
-    if described and not caption:
-        caption = extract.caption(target[0], settings=config.extract).text
-    with runs.writing(arguments.out.parent):
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    result = _load(config, arguments.adapter, arguments.control_adapter).repose(
-        subject[0], target[0], subject[1], target[1], target_depth=depth, target_keypoints=keypoints,
-        target_caption=caption, sibling=sibling and sibling[0], sibling_mask=sibling and sibling[1],
-    )  # fmt: skip
-    write_image(np.asarray(result), arguments.out)
-    print(arguments.out)
-
-
-def _read_sibling(config: configs.Config, arguments: argparse.Namespace) -> tuple[Array, Array] | None:
-    """The picture and silhouette that sibling guidance needs, None where there is none."""
-    if config.sample.sibling_guidance == 1:
-        if arguments.sibling is not None or arguments.sibling_mask is not None:
-            raise UserError("--sibling: found a picture, but sample.sibling_guidance is 1, which needs none")
-        return None
-    masked = arguments.sibling_mask is not None or _extractable(config, "sibling_mask")
-    missing = [] if arguments.sibling is not None else ["--sibling"]
-    missing += [] if masked else ["--sibling_mask"]
-    if missing:
-        raise UserError(f"sample.sibling_guidance {config.sample.sibling_guidance:g}: missing {', '.join(missing)}")
-    return _read_one(arguments.sibling, arguments.sibling_mask, config)
 
 
 # ----------------------------------------------------------------------------------------------------------

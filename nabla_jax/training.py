@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +238,7 @@ def composed(
 
 def make_step(
     method: reposing.Method, optimizer: optax.GradientTransformation, config: Config, shardings: Any = None
-) -> Callable[..., tuple[State, Values]]:
+) -> jax.stages.Wrapped:
     """The compiled step (state, frozen base, batch[, frozen adapters]) -> (state, values); the state is donated.
 
     ``shardings``, a tree like the state, says how the new one lies; it should lie as the old one did.

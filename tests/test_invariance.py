@@ -74,26 +74,26 @@ def jobs() -> list[api.Job]:
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """Pictures as they are written, their values before rounding, and over how many devices a batch was cut."""
+    """Pictures as they are written, their values before rounding, and into how many parts a batch was cut."""
 
     pictures: list[np.ndarray]
     values: np.ndarray
-    devices: int
+    parts: int
 
 
 def draw(reposer: api.Reposer, chosen: list[api.Job], batch: int) -> Drawn:
-    values, devices = [], []
+    values, parts = [], []
 
     def decode(params: Any, latents: Any) -> Any:
         images = reposer.decode(params, latents)
         values.append(np.asarray(images) / 2 + 0.5)
-        devices.append(len({str(shard.index) for shard in latents.addressable_shards}))
+        parts.append(len({str(shard.index[0]) for shard in latents.addressable_shards}))
         return images
 
     recording, sample = dataclasses.replace(reposer, decode=decode), dataclasses.replace(reposer.defaults, batch=batch)
     batches = [chosen[i : i + batch] for i in range(0, len(chosen), batch)]
     pictures = [image for jobs in batches for image, _ in recording.repose_batch(jobs, sample)]
-    (count,) = set(devices)
+    (count,) = set(parts)
     # Only the last batch is padded.
     return Drawn(pictures, np.concatenate(values)[: len(chosen)], count)
 
@@ -123,13 +123,13 @@ def test_batch_and_order(method: str, whole: dict[str, tuple[api.Reposer, Drawn]
     assert np.abs(expected.values[1:] - expected.values[:-1]).max(axis=(1, 2, 3)).min() > 0.05
 
 
-def _draw_on_devices(models: str, out: str) -> None:
-    """What the subprocess runs."""
+def _draw_on_devices(models: str, sizes: str, out: str) -> None:
+    """What the subprocesses run."""
+    mesh = configs.Mesh(**json.loads(sizes))
     for method, paths in json.loads(models).items():
-        drawn = draw(nabla_jax.load(*paths), jobs(), DEVICES)
-        assert drawn.devices == DEVICES
+        drawn = draw(nabla_jax.load(*paths, mesh=mesh), jobs(), DEVICES)
         pictures = {f"picture {i}": picture for i, picture in enumerate(drawn.pictures)}
-        np.savez(Path(out) / f"{method}.npz", values=drawn.values, **pictures)
+        np.savez(Path(out) / f"{method}.npz", values=drawn.values, parts=drawn.parts, **pictures)
 
 
 def start(call: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -147,14 +147,18 @@ def finish(*running: subprocess.Popen[str]) -> None:
         assert process.returncode == 0, errors
 
 
-def test_devices(models: dict[str, Model], whole: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sizes", "parts"), [({}, DEVICES), ({"fsdp": 2, "tensor": 2, "sequence": 2}, 2)])
+def test_devices(
+    sizes: dict[str, int], parts: int, models: dict[str, Model], whole: dict[str, Any], tmp_path: Path
+) -> None:
     flags = fixtures.fake_devices(DEVICES)
     paths = {method: model.paths for method, model in models.items()}
-    finish(start("_draw_on_devices", json.dumps(paths), str(tmp_path), XLA_FLAGS=flags))
+    finish(start("_draw_on_devices", json.dumps(paths), json.dumps(sizes), str(tmp_path), XLA_FLAGS=flags))
     for method in METHODS:
         expected = whole[method][1]
-        assert expected.devices == 1
+        assert expected.parts == 1
         with np.load(tmp_path / f"{method}.npz") as found:
+            assert found["parts"] == parts
             np.testing.assert_allclose(found["values"], expected.values, rtol=0, atol=TOLERANCE, err_msg=method)
             for i, picture in enumerate(expected.pictures):
                 # A value between two levels may be rounded to either.

@@ -151,6 +151,16 @@ def wait_for_all(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
+def compile_together(function: jax.stages.Wrapped, *arguments: Any) -> None:
+    """Compiles a jitted function for these arguments in every process, before any of them runs it; all must call it.
+
+    The first exchange between CPUs gives the others half a minute to come, and compilation may take them longer.
+    """
+    if jax.process_count() > 1:
+        function.lower(*arguments).compile()
+        wait_for_all("compiled")
+
+
 def any_of(flag: bool) -> bool:
     """Whether any process says so, the same answer in every process; all must call it.
 

@@ -1,6 +1,7 @@
 """One run of several processes: the numbers of one process, one folder, a stop in all of them at one step."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nabla_jax import runs, train
@@ -18,10 +20,10 @@ from tests.parallel.test_train_on_meshes import assert_same_training
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(config: Path, count: int, devices: int) -> list[subprocess.Popen[str]]:
+def start(config: Path, count: int, devices: int, *program: str) -> list[subprocess.Popen[str]]:
     address = fixtures.free_address()
     common = os.environ | {"XLA_FLAGS": fixtures.fake_devices(devices), processes.COORDINATOR: address}
-    words = [sys.executable, "-m", "nabla_jax.train", "--config", str(config)]
+    words = [sys.executable, "-m", *(program or ("nabla_jax.train",)), "--config", str(config)]
     return [
         subprocess.Popen(
             words, env={**common, processes.COUNT: str(count), processes.INDEX: str(i)}, cwd=ROOT,
@@ -52,6 +54,33 @@ def test_several_processes_train_as_one(count: int, devices: int, mesh: dict[str
     assert (tmp_path / "run" / "samples" / "step_2.png").is_file()
     train.main(["--config", str(write("one.py"))])
     assert_same_training(tmp_path / "run", fixtures.trained_run(), 4)
+
+
+def test_what_four_processes_saved_is_what_one_restores(tmp_path: Path) -> None:
+    """Adapters, optimizer and the data's position of 4 x 2 devices, on 1 x 8 otherwise cut and on 1 x 1."""
+
+    def keep(name: str, count: int, devices: int, **overrides: Any) -> dict[str, np.ndarray]:
+        out = tmp_path / name
+        if count == 1:
+            shutil.copytree(tmp_path / "four", out)
+        out.mkdir(exist_ok=True)
+        settings = {"train__workdir": str(out / "run"), "train__steps": 2 if count > 1 else 3, **overrides}
+        config = fixtures.write_config(fixtures.prepared_root(), tmp_path / f"{name}.py", **settings)
+        program = ("tests.parallel.kept_state_program", str(out))
+        for status, error in finish(start(config, count, devices, *program)):
+            assert status == 0, error
+        with np.load(out / ("restored.npz" if count == 1 else "saved.npz")) as kept:
+            return dict(kept)
+
+    saved = keep("four", 4, 2, mesh__fsdp=2, mesh__tensor=2, mesh__sequence=2)
+    eight = keep("eight", 1, 8, mesh__fsdp=2, mesh__sequence=4)
+    one = keep("one", 1, 1)
+    assert saved.pop("cut") > 0 and eight.pop("cut") > 0 and one.pop("cut") == 0
+    assert len(saved) > 10
+    for restored in (eight, one):
+        assert restored.keys() == saved.keys()
+        for name, value in saved.items():
+            np.testing.assert_array_equal(restored[name], value, err_msg=name)
 
 
 def test_a_signal_to_one_stops_all_at_one_step(tmp_path: Path) -> None:
