@@ -59,6 +59,13 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert [link for link in local if not (page.parent / link).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_tests_that_are_named_exist(page: Path) -> None:
+    for file, name in re.findall(r"`((?:tests|configs)/[\w/]+\.py)(?:::(\w+))?`", page.read_text()):
+        assert (ROOT / file).is_file(), file
+        assert not name or f"\ndef {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
+
+
 def test_make_targets_named_in_the_pages() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     shown = r"(?:^|`)make ([a-z-]+(?: [a-z-]+)*)"
