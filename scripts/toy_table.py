@@ -144,7 +144,7 @@ TAXONOMY = {
     ),
     **{
         f"omk_fill+{count}_a_class": _variant(
-            f"at most {count} pictures of each class",
+            f"at most {count} pictures of each class (all where it has no more)",
             {**_LEVEL, "data.levels": "0 class", "data.per_class": count},
             against="omk_fill+class",
         )
