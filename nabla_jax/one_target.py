@@ -70,8 +70,7 @@ def _make_picture(config: configs.Config, arguments: argparse.Namespace, load: L
     with runs.writing(arguments.out.parent):
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
     reposer = load(config, arguments.adapter, arguments.control_adapter)
-    result = reposer.repose(subject=subject[0], subject_mask=subject[1], **target)
-    write_image(np.asarray(result), arguments.out)
+    write_image(_repose(reposer, *subject, target), arguments.out)
     print(arguments.out)
 
 
@@ -117,8 +116,7 @@ def _make_plate(config: configs.Config, arguments: argparse.Namespace, load: Loa
         with runs.progress(len(birds), "plate", done=len(done), unit="picture") as bar:
             for (pixels, mask), row in zip(photos, rows, strict=True):
                 if row["file"] not in done:
-                    result = reposer.repose(subject=pixels, subject_mask=mask, **target)
-                    write_image(np.asarray(result), out / row["file"])
+                    write_image(_repose(reposer, pixels, mask, target), out / row["file"])
                     made.append(row)
                     bar.update(1)
         made.close()
@@ -128,6 +126,11 @@ def _make_plate(config: configs.Config, arguments: argparse.Namespace, load: Loa
     ]
     write_image(plates.compose(drawn, arrows, target["target"], target["target_mask"]), out / PLATE)
     print(out / PLATE)
+
+
+def _repose(reposer: api.Reposer, pixels: Array, mask: Array, target: Mapping[str, Any]) -> Array:
+    further = {name: value for name, value in target.items() if name not in _TARGET}
+    return np.asarray(reposer.repose(pixels, target["target"], mask, target["target_mask"], **further))
 
 
 def _files(arguments: argparse.Namespace) -> Mapping[str, Path]:
