@@ -85,6 +85,9 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
         _print_error(str(stop))
         sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
+        # Python takes one that was raised below an exec of text (dataclasses are made by it) for unhandled, whoever
+        # caught it, and ends `python -m` by the signal; the next exec of text makes it forget.
+        exec("")
         _fail("interrupted; the same command continues", 128 + signal.SIGINT)
     except OSError as error:
         # Files that cannot be written are the user's to mend; any other OSError is a bug and keeps its

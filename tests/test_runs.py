@@ -102,11 +102,12 @@ def test_stop_signals_set_a_flag_then_interrupt() -> None:
         ("raise UserError('a.png: no such\\npicture')", 2, "a.png: no such picture\n"),
         ("raise runs.Interrupted(15, 'saved after step 3')", 143, "saved after step 3\n"),
         ("raise KeyboardInterrupt", 130, "interrupted; the same command continues\n"),
+        ("exec('raise KeyboardInterrupt')", 130, "interrupted; the same command continues\n"),
         (f"raise OSError({errno.ENOSPC}, 'No space left on device', 'out.bin')", 2,
          "out.bin: cannot be written: No space left on device\n"),
     ],
 )  # fmt: skip
-def test_mains_end_in_one_line(body: str, status: int, stderr: str) -> None:
+def test_mains_end_in_one_line(body: str, status: int, stderr: str, tmp_path: Path) -> None:
     program = textwrap.dedent(f"""
         from nabla_jax import runs
         from nabla_jax.errors import UserError
@@ -114,7 +115,13 @@ def test_mains_end_in_one_line(body: str, status: int, stderr: str) -> None:
             {body}
         runs.run_main(main, [])
     """)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    (tmp_path / "program.py").write_text(program)
+    # As a verb is started: python -m has a way of its own to end after an interrupt.
+    done = subprocess.run(
+        [sys.executable, "-m", "program"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert (done.returncode, done.stderr) == (status, stderr)
 
 
