@@ -84,7 +84,7 @@ def read_birds(path: Path) -> list[Bird]:
             if not file.is_file():
                 problems.error(path, line, f"{name}: found no file {file}", "paths start at the list's folder")
         birds.append(Bird(label, files["picture"], files.get("mask")))
-    _refuse(problems)
+    problems.refuse()
     if not birds:
         raise UserError(f"{path}: found no bird, expected at least one row of {', '.join(BIRDS)}")
     return birds
@@ -109,13 +109,8 @@ def read_arrows(path: Path, labels: Sequence[str], height: int, width: int) -> l
                 outside = True
         if not outside:
             arrows.append(Arrow(row["label"], int(row["row"]), int(row["column"]), row.get("text", "")))
-    _refuse(problems)
+    problems.refuse()
     return arrows
-
-
-def _refuse(problems: Problems) -> None:
-    for problem in problems.errors:
-        raise UserError(f"{problem}; {problem.fix}")
 
 
 def compose(birds: Sequence[Drawn], arrows: Sequence[Arrow], target: Array, mask: Array) -> Array:

@@ -155,9 +155,9 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
         with runs.progress(settings.steps, "train", done=start, unit="step", shown=first) as bar:
             for step in range(start + 1, settings.steps + 1):
                 batch = training.device_batch(next(loader), mesh, inputs.diptychs)
+                clock.data_arrived()
                 if step == start + 1:
                     processes.compile_together(train_step, state, base, batch, frozen)
-                clock.data_arrived()
                 state, values = train_step(state, base, batch, frozen)
                 write_pending()
                 pending = (step, values, clock.step(settings.batch))

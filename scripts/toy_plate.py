@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nabla_jax import generate, one_target, runs
+from nabla_jax import generate, one_target, plates, runs
 from nabla_jax.data import Dataset, controls, read_dataset
 from nabla_jax.data.pairs import benchmark_pairs
 from nabla_jax.images import read_rgb
@@ -67,8 +67,8 @@ def main(argv: Sequence[str]) -> None:
     places = [
         (bird.species, *place, "") for bird, place in zip(birds, marks([a for a, _ in answers], mask), strict=True)
     ]
-    words = ["--plate", write_list(args.out / "birds.csv", ("label", "picture", "mask"), listed)]
-    words += ["--arrows", write_list(args.out / "arrows.csv", ("label", "row", "column", "text"), places)]
+    words = ["--plate", write_list(args.out / "birds.csv", (*plates.BIRDS, "mask"), listed)]
+    words += ["--arrows", write_list(args.out / "arrows.csv", plates.ARROWS, places)]
     words += ["--target", target.image, "--target_mask", target.mask, "--out", args.out, "--adapter", args.adapter]
     generate.main(["--config", args.config, *map(str, words)])
 

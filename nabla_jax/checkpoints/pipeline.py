@@ -307,7 +307,8 @@ def check_folder(folder: StrPath) -> None:
 
 def check_quantised(path: StrPath, quantise: str) -> None:
     """Raises UserError unless the transformer can be kept in this format; only its configuration is read."""
-    abstract_model(PARTS["transformer"], transformer_config(path), quantise=quantise)
+    if quantise != "none":
+        abstract_model(PARTS["transformer"], transformer_config(path), quantise=quantise)
 
 
 def folder_hash(folder: StrPath, *, everything: bool = False) -> str:

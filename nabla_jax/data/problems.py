@@ -56,12 +56,16 @@ class Problems:
         """Counts a peculiarity that needs no mending."""
         self.notes[what] += count
 
-    def refuse(self, root: str | os.PathLike[str]) -> None:
-        """Raises UserError with the first error and the number of others; warnings alone pass."""
+    def refuse(self, root: str | os.PathLike[str] | None = None) -> None:
+        """Raises UserError with the first error and the number of others; warnings alone pass.
+
+        ``root``: the data folder that they are of, where a command lists them all.
+        """
         errors = self.errors
         if not errors:
             return
         others = ""
         if len(errors) > 1:
-            others = f" (and {len(errors) - 1} more: python -m nabla_jax.prepare --validate {root} lists all)"
+            listed = "" if root is None else f": python -m nabla_jax.prepare --validate {root} lists all"
+            others = f" (and {len(errors) - 1} more{listed})"
         raise UserError(f"{errors[0]}; {errors[0].fix}{others}")

@@ -1,7 +1,8 @@
 """Device meshes."""
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,9 +21,16 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def fill_sizes(sizes: Mapping[str, int], count: int) -> dict[str, int]:
-    """The size of every axis, in their order; ``data`` 0 is as many of ``count`` devices as the others leave."""
+    """The size of every axis, in their order; ``data`` 0 is as many of ``count`` devices as the others leave.
+
+    Raises UserError unless the product of the sizes is ``count``.
+    """
     others = math.prod(size for axis, size in sizes.items() if axis != DATA)
-    return {axis: sizes[axis] for axis in AXES} | {DATA: sizes[DATA] or max(count // others, 1)}
+    shape = {axis: sizes[axis] for axis in AXES} | {DATA: sizes[DATA] or max(count // others, 1)}
+    if math.prod(shape.values()) != count:
+        said = ", ".join(f"{axis} {sizes[axis]}" for axis in AXES)
+        raise UserError(f"mesh: found {said}, expected sizes whose product is the {count} devices")
+    return shape
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -32,9 +40,6 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     """
     devices = jax.devices() if devices is None else devices
     shape = fill_sizes(sizes, len(devices))
-    if math.prod(shape.values()) != len(devices):
-        said = ", ".join(f"{axis} {sizes[axis]}" for axis in AXES)
-        raise UserError(f"mesh: found {said}, expected sizes whose product is the {len(devices)} devices")
     return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
@@ -92,8 +97,14 @@ def to_host(tree: Any, mesh: Mesh) -> Any:
     """A tree of arrays on the mesh as whole NumPy arrays, in every process; all must call it."""
     if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
         return jax.device_get(tree)
-    tree = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
+    tree = _gather(mesh)(tree)
     return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), tree)
+
+
+@functools.cache
+def _gather(mesh: Mesh) -> Callable[[Any], Any]:
+    # One function a mesh: a new one would be compiled at every checkpoint.
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
 
 
 def local_parts(mesh: Mesh) -> int:

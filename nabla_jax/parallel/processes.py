@@ -161,14 +161,6 @@ def compile_together(function: jax.stages.Wrapped, *arguments: Any) -> None:
         wait_for_all("compiled")
 
 
-def any_of(flag: bool) -> bool:
-    """Whether any process says so, the same answer in every process; all must call it.
-
-    What a signal asks of one process (stop, save) all of them must do after the same step.
-    """
-    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
-
-
 def gather(data: bytes) -> list[bytes]:
     """What every process gave, in their order, in every process; all must call it."""
     if jax.process_count() == 1:

@@ -52,10 +52,14 @@ def main(argv: Sequence[str]) -> None:
     # A plan is the same wherever it is made, and takes no memory of a device that others use.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Imported after the checks: a mistake on the command line is answered before any framework loads.
+    from nabla_jax.parallel.mesh import fill_sizes
     from nabla_jax.plan import ahead, machines, meshes, planning
 
     topology = machines.topology(options.topology)
-    mesh = meshes.parse_mesh(options.mesh or configured_mesh(config, topology.devices), topology.devices)
+    if options.mesh:
+        mesh = meshes.parse_mesh(options.mesh, topology.devices)
+    else:
+        mesh = fill_sizes(dataclasses.asdict(config.mesh), topology.devices)
     utilisation = planning.check_utilisation(options.utilisation)
     planner = planning.Planner(config, pictures=options.pictures, utilisation=utilisation)
     plan = planner.plan(topology, mesh)
@@ -74,14 +78,6 @@ def main(argv: Sequence[str]) -> None:
         print(compiler_line(compiled))
     if options.json:
         runs.write_json(Path(options.json), content(config.source, plan, nearest, compiled))
-
-
-def configured_mesh(config: configs.Config, devices: int) -> str:
-    """The mesh that the configuration asks for, as ``--mesh`` takes it."""
-    from nabla_jax.parallel.mesh import fill_sizes
-
-    sizes = fill_sizes(dataclasses.asdict(config.mesh), devices)
-    return ",".join(f"{axis}={size}" for axis, size in sizes.items())
 
 
 def size(count: float) -> str:

@@ -190,18 +190,9 @@ def changes(plan: Plan, other: Plan) -> list[str]:
         before, after = getattr(plan.config.train, key), getattr(other.config.train, key)
         if before != after:
             found.append(f"train.{key}={after}")
-    found += _accumulation(plan.config.train.batch, other.config)
     if plan.topology != other.topology:
         found.append(f"topology={other.topology.name}")
     return found + [f"mesh.{axis}={other.mesh[axis]}" for axis in AXES if plan.mesh[axis] != other.mesh[axis]]
-
-
-def _accumulation(batch: int, config: Config) -> list[str]:
-    """The setting that keeps the batch by adding up gradients, where the configuration has one."""
-    fields = [field.name for field in dataclasses.fields(config.train) if field.name.startswith("accumulat")]
-    if not fields or config.train.batch >= batch:
-        return []
-    return [f"train.{fields[0]}={-(-batch // config.train.batch)}"]
 
 
 def _problem(config: Config, mesh: MeshShape) -> str:

@@ -124,8 +124,12 @@ def test_they_end_together_when_one_works_longer_than_a_shutdown_may_last(run: t
 
 
 def test_a_joint_stop_keeps_its_status(run: type[Pair]) -> None:
-    said = "stop = processes.any_of({}); assert stop is True; raise runs.Interrupted(15, 'saved')"
-    pair = run(said.format(False), said.format(True))
+    said = (
+        "from nabla_jax.parallel import mesh as meshes; "
+        "mesh = meshes.make_mesh(dict(data=0, fsdp=1, tensor=1, sequence=1)); "
+        "signum = int(meshes.highest({}, mesh)); assert signum == 15; raise runs.Interrupted(signum, 'saved')"
+    )
+    pair = run(said.format(0), said.format(15))
     assert [(status, err.splitlines()[-1]) for status, err, _ in map(pair.wait, range(2))] == [(143, "saved")] * 2
 
 
