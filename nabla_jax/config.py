@@ -118,6 +118,7 @@ class Train:
     workdir: str
     steps: int
     batch: int
+    accumulate: int = 1  # parts of a batch that are computed one after another, for a memory that holds one of them
     seed: int = 42
     log_every: int = 10
     save_every: int = 500
@@ -527,8 +528,8 @@ def _check_ranges(config: Config, where: str) -> None:
     positive = (
         "conditioning.size conditioning.compact conditioning.dot conditioning.line conditioning.text_length "
         "lora.rank lora.alpha optim.lr optim.d0 optim.clip "
-        "train.steps train.batch train.log_every train.save_every train.foreground_weight sample.steps sample.batch "
-        "extract.caption_tokens mesh.fsdp mesh.tensor mesh.sequence"
+        "train.steps train.batch train.accumulate train.log_every train.save_every train.foreground_weight "
+        "sample.steps sample.batch extract.caption_tokens mesh.fsdp mesh.tensor mesh.sequence"
     )
     for key in positive.split():
         if not flat[key] > 0:
@@ -549,6 +550,11 @@ def _check_ranges(config: Config, where: str) -> None:
     for name, least in (("batch", 1), ("box", 16)):
         if not flat[f"metrics.{name}"] >= least:
             raise UserError(f"{where}: metrics.{name}: found {flat[f'metrics.{name}']!r}, expected {least} or more")
+    if config.train.batch % config.train.accumulate:
+        raise UserError(
+            f"{where}: train.accumulate: found {config.train.accumulate}, expected a divisor of train.batch, "
+            f"{config.train.batch}"
+        )
     if not 0 <= config.train.ema < 1:
         raise UserError(f"{where}: train.ema: found {config.train.ema!r}, expected a number from 0 to below 1")
     if not all(0 <= beta < 1 for beta in config.optim.betas):

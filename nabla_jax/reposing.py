@@ -308,4 +308,8 @@ def sample(
 
 def make_sampler(method: Method) -> Callable[..., jax.Array]:
     """``sample`` compiled for one method: (base, adapters, batch, sigmas, guidance, seed[, image[, sibling]])."""
-    return jax.jit(lambda *arguments: sample(method, *arguments))
+
+    def draw(*arguments: Any) -> jax.Array:
+        return sample(method, *arguments)
+
+    return jax.jit(draw)

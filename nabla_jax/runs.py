@@ -39,6 +39,7 @@ CONTINUABLE = frozenset(
         "data.workers",
         "train.workdir",
         "train.steps",
+        "train.accumulate",
         "train.log_every",
         "train.save_every",
         "train.sample_every",

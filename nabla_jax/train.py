@@ -66,7 +66,7 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
 
     # ----------------------------------------------------------------------------------------- mesh, checks
     mesh = meshes.make_mesh(dataclasses.asdict(config.mesh))
-    meshes.check_batch(settings.batch, mesh, "train.batch")
+    meshes.check_batch(settings.batch, mesh, "train.batch", settings.accumulate)
     if first:
         runs.write_environment(folder.environment, {"devices": [str(device) for device in jax.devices()]})
     base_path = configs.resolve_base(config)
@@ -154,16 +154,18 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
         # --------------------------------------------------------------------------------------------- loop
         with runs.progress(settings.steps, "train", done=start, unit="step", shown=first) as bar:
             for step in range(start + 1, settings.steps + 1):
-                batch = training.device_batch(next(loader), mesh, inputs.diptychs)
-                clock.data_arrived()
+                with training.no_hidden_transfers():
+                    batch = training.device_batch(next(loader), mesh, inputs.diptychs)
+                    clock.data_arrived()
                 if step == start + 1:
                     processes.compile_together(train_step, state, base, batch, frozen)
-                state, values = train_step(state, base, batch, frozen)
-                write_pending()
-                pending = (step, values, clock.step(settings.batch))
+                with training.no_hidden_transfers():
+                    state, values = train_step(state, base, batch, frozen)
+                    write_pending()
+                    pending = (step, values, clock.step(settings.batch))
+                    signum = asked.heard()
                 bar.update(1)
                 last = step == settings.steps
-                signum = asked.heard()
                 if signum is not None and not last:
                     save(step)
                     raise runs.Interrupted(

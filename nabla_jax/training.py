@@ -246,7 +246,11 @@ def make_step(
     The state holds ``adapters`` {name: tree}, ``optimizer``, ``step`` and, with ``train.ema``, the adapters' running
     ``average``; values are the scalars ``loss``, ``grad_norm`` (before clipping) and, for Prodigy, its distance
     estimate ``d``. For the frozen adapters see ``load_frozen``.
+
+    With ``train.accumulate`` the batch is computed in so many parts of equal size, one after another, and loss and
+    gradients are their means: those of the batch in one piece, since no sample's draws know its batch.
     """
+    parts = config.train.accumulate
 
     def objective(
         trees: dict[str, layers.Params],
@@ -260,16 +264,42 @@ def make_step(
             time_mean=train.time_mean, foreground_weight=train.foreground_weight,
         )  # fmt: skip
 
+    def placed(gradients: dict[str, layers.Params]) -> dict[str, layers.Params]:
+        return gradients if shardings is None else jax.lax.with_sharding_constraint(gradients, shardings["adapters"])
+
+    def accumulated(
+        trees: dict[str, layers.Params],
+        base: layers.Params,
+        batch: reposing.Batch,
+        frozen: Mapping[str, Adapter] | None,
+    ) -> tuple[jax.Array, dict[str, layers.Params]]:
+        # Rows that lie side by side go to different parts: each device's rows are cut, and none move.
+        cut = {name: rows.reshape(-1, parts, *rows.shape[1:]) for name, rows in batch.items()}
+
+        def one(total: Any, part: jax.Array) -> tuple[Any, None]:
+            rows = {name: jax.lax.dynamic_index_in_dim(x, part, 1, keepdims=False) for name, x in cut.items()}
+            loss, gradients = jax.value_and_grad(objective)(trees, base, rows, frozen)
+            return (total[0] + loss, placed(jax.tree.map(jnp.add, total[1], gradients))), None
+
+        # float32 whatever is trained: sums of bfloat16 numbers lose the small ones.
+        zeros = placed(jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), trees))
+        (loss, total), _ = jax.lax.scan(one, (jnp.zeros(()), zeros), jnp.arange(parts))
+        return loss / parts, jax.tree.map(lambda g, p: (g / parts).astype(p.dtype), total, trees)
+
     def step(
         state: State, base: layers.Params, batch: reposing.Batch, frozen: Mapping[str, Adapter] | None = None
     ) -> tuple[State, Values]:
-        loss, gradients = jax.value_and_grad(objective)(state["adapters"], base, batch, frozen)
-        updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["adapters"])
+        adapters = state["adapters"]
+        if parts == 1:
+            loss, gradients = jax.value_and_grad(objective)(adapters, base, batch, frozen)
+        else:
+            loss, gradients = accumulated(adapters, base, batch, frozen)
+        updates, optimizer_state = optimizer.update(gradients, state["optimizer"], adapters)
         values = {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
         estimate = optim.prodigy_estimate(optimizer_state)
         if estimate is not None:
             values["d"] = estimate
-        adapters = optax.apply_updates(state["adapters"], updates)
+        adapters = optax.apply_updates(adapters, updates)
         following = {"adapters": adapters, "optimizer": optimizer_state, "step": state["step"] + 1}
         if config.train.ema:
             # Short runs are averaged over about their last tenth: early weights would linger.
@@ -294,6 +324,11 @@ def exported(state: State, config: Config, frozen: Mapping[str, Adapter] | None 
     """The adapters that a run hands on: what acts, see ``composed``, and of the trained ones their average if any."""
     trees = state["average" if config.train.ema else "adapters"]
     return composed(jax.tree.map(lambda p: p.astype(config.lora.dtype), trees), config, frozen)
+
+
+def no_hidden_transfers() -> contextlib.AbstractContextManager[None]:
+    """Within it only what says so moves between host and devices; anything else, a wait in every step, is an error."""
+    return jax.transfer_guard("disallow")
 
 
 def device_batch(batch: Mapping[str, Any], mesh: Mesh, encoder: DiptychEncoder | None = None) -> dict[str, jax.Array]:
@@ -347,7 +382,7 @@ class StopVote:
         if jax.process_count() == 1:
             return self._stop.signum
         before, self._vote = self._vote, meshes.highest(self._stop.signum or 0, self._mesh)
-        return None if before is None else int(before) or None
+        return None if before is None else int(jax.device_get(before)) or None
 
 
 def host_row(step: int, values: Values, timing: Mapping[str, float]) -> dict[str, Any]:

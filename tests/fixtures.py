@@ -1,13 +1,14 @@
 """What several test files need: a pipeline folder with random weights, a small world, and configurations for them."""
 
 import atexit
+import contextlib
 import functools
 import json
 import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,22 @@ def write_values(content: dict[str, Any], path: Path) -> Path:
     """A configuration file with this content."""
     path.write_text(f"def get_config(arg=''):\n    return {content!r}\n")
     return path
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """The names of the functions that are compiled meanwhile, in their order; what the disk remembers counts, too."""
+    names: list[str] = []
+
+    def listen(event: str, seconds: float, **labels: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(labels["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nabla_jax import generate, runs
+from nabla_jax import api, generate, runs
 from nabla_jax.data import read_dataset
 from nabla_jax.data.pairs import benchmark_pairs, spread
 from nabla_jax.errors import UserError
@@ -37,7 +37,20 @@ def rows(folder: Path) -> dict[str, dict[str, Any]]:
 
 def test_a_benchmark_and_its_continuation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = str(fixtures.trained_run())
-    out = run(tmp_path, "--adapter", trained, "--limit", "5")
+    begun: list[int] = []
+    repose_batch = api.Reposer.repose_batch
+
+    def noting(*args: Any) -> Any:
+        begun.append(len(compiled))
+        return repose_batch(*args)
+
+    monkeypatch.setattr(api.Reposer, "repose_batch", noting)
+    with fixtures.compilations() as compiled:
+        out = run(tmp_path, "--adapter", trained, "--limit", "5")
+    monkeypatch.undo()
+    # Two batches for each of right and shuffled, the second of them filled up: one program serves them all.
+    assert len(begun) == 4 and compiled.count("jit(draw)") == 1
+    assert compiled[begun[1] :] == []
     root = fixtures.prepared_root() / "world" / "nabirds"
     dataset, pairs = read_dataset(root), spread(benchmark_pairs(root), 5)
     for kind in ("right", "shuffled"):

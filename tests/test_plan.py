@@ -224,14 +224,32 @@ def test_the_nearest_setting_that_fits(planner: planning.Planner) -> None:
     assert nearest(held["none"]) == []
     assert nearest(held["save_attention"]) == ["train.remat=save_attention"]
     assert nearest(held["full"]) in (["train.remat=full"], ["train.remat=save_attention"])
-    least = one(planner, remat="none", batch=1).held.total
-    smaller = nearest(least)
-    assert smaller is not None and any(change.startswith("train.batch=") for change in smaller)
+    assert nearest(one(planner, remat="full", accumulate=2).held.total) == ["train.remat=full", "train.accumulate=2"]
+    # Even the sum of the gradients is too much.
+    smaller = nearest(one(planner, remat="full", batch=1).held.total)
+    assert smaller == ["train.remat=full", "train.batch=1"]
     # The parameters alone do not fit on one device, halves of them do.
     tight = one(planner, remat="full", batch=1).held.total - one(planner).sizes.base // 2
     assert nearest(tight) is None
     spread = nearest(tight, 4)
     assert spread is not None and any("mesh.fsdp" in change or "mesh.tensor" in change for change in spread)
+
+
+def test_a_batch_in_parts_holds_the_activations_of_one(planner: planning.Planner) -> None:
+    whole, parts = one(planner, remat="full"), one(planner, remat="full", accumulate=4)
+    each, adapters = whole.activations, meshes.tree_bytes(planner.networks.state["adapters"])
+    assert whole.held.activations == 16 * each.total
+    assert parts.held.activations == 4 * (each.saved + each.block) + 16 * each.batch
+    # The sum of the gradients, beside those of one part.
+    assert parts.held.gradients == parts.sizes.gradients == 2 * adapters == 2 * whole.held.gradients
+    assert parts.held.base == whole.held.base and parts.held.state == whole.held.state
+    assert parts.work == whole.work
+    cut = meshes.parse_mesh("fsdp=4", 4)
+    sent = [planner.plan(machine(1e12, 4), cut, accumulate=rounds).sent for rounds in (1, 4)]
+    assert (sent[1].weights, sent[1].gradients) == (4 * sent[0].weights, 4 * sent[0].gradients)
+    odd = planner.plan(machine(1e12, 4), cut, accumulate=8)
+    assert not odd.fits and "expected a multiple of data x fsdp = 4 times train.accumulate 8" in odd.problem
+    assert planning.changes(whole, parts) == ["train.accumulate=4"]
 
 
 def test_a_larger_topology_is_the_last_resort(planner: planning.Planner, monkeypatch: pytest.MonkeyPatch) -> None:

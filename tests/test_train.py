@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import load_file
 
@@ -92,6 +93,44 @@ def test_pictures_that_are_encoded_when_drawn_give_the_same_run(tmp_path: Path) 
     train.main(arguments(tmp_path, data__mode="on_the_fly", data__prepared=str(tmp_path / "none")))
     assert not (tmp_path / "none").exists()
     assert_same_run(tmp_path / "run", fixtures.trained_run())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_batch_in_parts_trains_as_the_whole(dtype: str) -> None:
+    """The same draws for every pair, the same loss and gradients to rounding, with whatever else changes a sample."""
+    root = fixtures.prepared_root()
+    mesh = meshes.data_mesh()
+    found: dict[int, Any] = {}
+    for parts in (1, 4):
+        settings = {"train__batch": 4, "train__accumulate": parts, "train__foreground_weight": 3.0, "train__ema": 0.9}
+        config = fixtures.config(root, lora__dtype=dtype, **settings)
+        method, base = training.load_method(config, mesh)
+        fresh = lora.initialize(jax.random.key(0), base, rank=2, alpha=2.0, stacked=flux.STACKED).params
+        # B begins at zero: without this, A would have no gradient.
+        fresh = jax.tree.map(lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), fresh)
+        # Keeps the gradients that it is given.
+        optimizer = optax.GradientTransformation(lambda params: params, lambda given, *_: (given, given))
+        state = training.initial_state({"fill": fresh}, optimizer, config)
+        batch = training.device_batch(next(make_loader(config.data.prepared, "all_pairs", 4, 7)), mesh)
+        after, values = training.make_step(method, optimizer, config)(jax.tree.map(jnp.copy, state), base, batch)
+        found[parts] = values, after["optimizer"]
+    (values, gradients), (others, other) = found.values()
+    assert np.isclose(others["loss"], values["loss"], rtol=1e-6)
+    # Gradients of a bfloat16 adapter are rounded to eight bits, each part's by itself.
+    rtol = 1e-5 if dtype == "float32" else 1e-2
+    assert np.isclose(others["grad_norm"], values["grad_norm"], rtol=rtol)
+    for here, there in zip(jax.tree.leaves(gradients), jax.tree.leaves(other), strict=True):
+        assert here.dtype == there.dtype == jnp.dtype(dtype)
+        here, there = np.asarray(here, np.float32), np.asarray(there, np.float32)
+        assert np.linalg.norm(here - there) <= rtol * np.linalg.norm(here)
+
+
+def test_a_run_goes_on_with_a_batch_in_parts(tmp_path: Path) -> None:
+    train.main(arguments(tmp_path, train__steps=2))
+    train.main(arguments(tmp_path, train__accumulate=2))
+    rows, others = (runs.read_rows(run / "metrics.jsonl") for run in (tmp_path / "run", fixtures.trained_run()))
+    for row, other in zip(rows, others, strict=True):
+        assert np.isclose(row["loss"], other["loss"], rtol=1e-5) and np.isclose(row["d"], other["d"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -195,10 +234,16 @@ def test_run_folder_records_configuration_and_environment() -> None:
     assert all(np.isclose(row["samples_per_second"], 2 / row["seconds"], rtol=0.01, atol=0.01) for row in rows)
 
 
-def test_samples_are_drawn_during_training(tmp_path: Path) -> None:
+def test_samples_are_drawn_during_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import Image
 
-    train.main(arguments(tmp_path, train__sample_every=2))
+    with fixtures.compilations() as compiled:
+        before: list[str] = []
+        at_call(3, lambda: before.extend(compiled), monkeypatch)
+        train.main(arguments(tmp_path, train__sample_every=2))
+    # One program each; after the first checkpoint and the first sheet nothing is compiled any more.
+    assert [compiled.count(name) for name in ("jit(step)", "jit(initial_state)", "jit(draw)")] == [1, 1, 1]
+    assert compiled == before
     sheets = sorted((tmp_path / "run" / "samples").iterdir())
     assert [sheet.name for sheet in sheets] == ["step_2.png", "step_4.png"]
     first, second = (np.asarray(Image.open(sheet)) for sheet in sheets)
@@ -208,6 +253,17 @@ def test_samples_are_drawn_during_training(tmp_path: Path) -> None:
     np.testing.assert_array_equal(first[:, : 3 * size], second[:, : 3 * size])
     # Drawing pictures takes nothing from training.
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(fixtures.trained_run())
+
+
+def test_a_transfer_that_nobody_asked_for_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_an_array_on_the_host(*args: Any) -> dict[str, Any]:
+        batch = device_batch(*args)
+        return batch | {"mask": np.asarray(batch["mask"])}
+
+    device_batch = training.device_batch
+    monkeypatch.setattr(training, "device_batch", with_an_array_on_the_host)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        train.main(arguments(tmp_path, train__foreground_weight=2.0))
 
 
 def test_loss_is_the_mean_of_its_samples_in_any_order() -> None:
@@ -278,6 +334,11 @@ def test_batch_must_fit_the_devices() -> None:
     meshes.check_batch(4, cut, "train.batch")
     with pytest.raises(UserError, match=r"found 6, expected a multiple of the 4 parts of the mesh's data and fsdp"):
         meshes.check_batch(6, cut, "train.batch")
+    meshes.check_batch(8, cut, "train.batch", 2)
+    with pytest.raises(UserError, match=r"found 4, expected a multiple of the 4 parts of .* times train.accumulate 2"):
+        meshes.check_batch(4, cut, "train.batch", 2)
+    with pytest.raises(UserError, match=r"train\.accumulate: found 3, expected a divisor of train\.batch, 2"):
+        fixtures.config(Path("x"), train__accumulate=3)
 
 
 # ------------------------------------------------------------------------------------------------- bad input

@@ -120,9 +120,10 @@ def highest(value: int, mesh: Mesh) -> jax.Array:
 _highest = jax.jit(jnp.max)
 
 
-def check_batch(batch: int, mesh: Mesh, key: str) -> None:
-    """Raises UserError unless the mesh divides the batch."""
+def check_batch(batch: int, mesh: Mesh, key: str, accumulate: int = 1) -> None:
+    """Raises UserError unless the mesh divides each of the ``accumulate`` parts of the batch."""
     parts = batch_parts(mesh)
-    if batch % parts:
+    if batch % (parts * accumulate):
         what = "devices" if parts == mesh.size else "parts of the mesh's data and fsdp"
-        raise UserError(f"{key}: found {batch}, expected a multiple of the {parts} {what}")
+        times = f" times train.accumulate {accumulate}" if accumulate > 1 else ""
+        raise UserError(f"{key}: found {batch}, expected a multiple of the {parts} {what}{times}")

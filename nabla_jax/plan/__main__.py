@@ -102,7 +102,7 @@ def table(source: str, plan: "Plan", published: Sequence[str], pictures: int) ->
     from nabla_jax.plan.meshes import mesh_text
 
     stored, held, work, config = plan.sizes, plan.held, plan.work, plan.config
-    device, training = plan.topology.device, work.training
+    device, training, batch = plan.topology.device, work.training, batch_text(config.train)
     rows: list[tuple[str, list[tuple[str, str]]]] = [
         ("parameters", [
             (f"frozen base, {config.train.dtype}", size(stored.base)),
@@ -121,7 +121,7 @@ def table(source: str, plan: "Plan", published: Sequence[str], pictures: int) ->
             (f"adapter files of {config.train.steps:,} steps", size(stored.adapter_files)),
             *([(f"prepared records of {pictures:,} pictures", size(stored.prepared))] if stored.record else []),
         ]),
-        (f"each of {plan.topology.devices} {device.name}, mesh {mesh_text(plan.mesh)}, batch {config.train.batch}", [
+        (f"each of {plan.topology.devices} {device.name}, mesh {mesh_text(plan.mesh)}, batch {batch}", [
             ("base", size(held.base)),
             ("adapters, optimizer, average", size(held.state)),
             ("gradients", size(held.gradients)),
@@ -152,6 +152,11 @@ def table(source: str, plan: "Plan", published: Sequence[str], pictures: int) ->
     for title, entries in rows:
         lines += ["", title, *(f"  {name:<52}{value:>24}" for name, value in entries)]
     return "\n".join(lines) + "\n"
+
+
+def batch_text(train: "configs.Train") -> str:
+    """``16``, or ``16 in 4 parts``."""
+    return f"{train.batch} in {train.accumulate} parts" if train.accumulate > 1 else str(train.batch)
 
 
 def verdict(plan: "Plan", nearest: "Plan | None") -> str:

@@ -27,7 +27,8 @@ class Sizes:
 
     Attributes:
       base, vae, text_encoders, redux: parameters of the frozen networks, each in the dtype it is held in.
-      adapters, gradients, optimizer, average: of what is trained; ``average`` is EMA's.
+      adapters, gradients, optimizer, average: of what is trained; ``average`` is EMA's. ``gradients`` with their sum,
+        where a batch is computed in parts.
       frozen_adapter: beneath the trained one.
       checkpoint: one, uncompressed. kept: all that are on disk at a time.
       adapter_files: all that a run exports.
@@ -62,7 +63,7 @@ def sizes(config: Config, found: Networks, pictures: int) -> Sizes:
         text_encoders=tree_bytes((found.clip, found.t5)),
         redux=tree_bytes(found.redux),
         adapters=adapters,
-        gradients=adapters,
+        gradients=adapters + tree_bytes(summed(config, found)),
         optimizer=tree_bytes(state["optimizer"]),
         average=tree_bytes(state.get("average")),
         frozen_adapter=tree_bytes(found.frozen),
@@ -153,6 +154,13 @@ def _saved(config: Config, found: Networks, remat: flux.Remat) -> int:
     return count.saved_bytes(loss, found.state["adapters"], found.base, found.frozen, batch)
 
 
+def summed(config: Config, found: Networks) -> Any:
+    """The sum of a batch's gradients beside those of the part that is under way; empty where there is one part."""
+    if config.train.accumulate == 1:
+        return {}
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, "float32"), found.state["adapters"])
+
+
 @dataclasses.dataclass(frozen=True)
 class PerDevice:
     """Bytes that each device holds at the height of a training step; the last two are estimates.
@@ -180,6 +188,8 @@ class PerDevice:
 def per_device(config: Config, found: Networks, mesh: MeshShape, each: Activations) -> PerDevice:
     """What one device of a mesh holds when ``train.batch`` is cut over data and fsdp, parameters as the rules say."""
     rows = -(-config.train.batch // (mesh["data"] * mesh["fsdp"]))
+    # Of a batch that is computed in parts, those of one part are under way at a time.
+    active = -(-rows // config.train.accumulate)
     others = tree_bytes(found.frozen)
     if config.train.sample_every or config.conditioning.method == "insert":
         others += tree_bytes(found.vae.params)
@@ -196,8 +206,8 @@ def per_device(config: Config, found: Networks, mesh: MeshShape, each: Activatio
     return PerDevice(
         base=rules.device_bytes(found.base, mesh),
         state=rules.device_bytes(found.state, mesh),
-        gradients=rules.device_bytes(found.state["adapters"], mesh),
+        gradients=rules.device_bytes(found.state["adapters"], mesh) + rules.device_bytes(summed(config, found), mesh),
         others=others,
         gathered=gathered,
-        activations=rows * (each.saved // mesh["sequence"] + inside + each.batch),
+        activations=active * (each.saved // mesh["sequence"] + inside) + rows * each.batch,
     )

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import cast
 
-from nabla_jax.config import Config
+from nabla_jax.config import Config, Train
 from nabla_jax.errors import UserError
 from nabla_jax.models import flux, layers
 from nabla_jax.models.partitioning import AXES
@@ -94,10 +94,13 @@ class Planner:
         self._block = memory.block_bytes(config, self.networks)
         self._ends = autoencoder_operations(config, self.networks)
 
-    def plan(self, topology: Topology, mesh: MeshShape, *, remat: str = "", batch: int = 0) -> Plan:
-        """The configuration on a machine, with another policy or batch if given."""
+    def plan(
+        self, topology: Topology, mesh: MeshShape, *, remat: str = "", batch: int = 0, accumulate: int = 0
+    ) -> Plan:
+        """The configuration on a machine, with another policy, batch or number of its parts if given."""
+        train = self._config.train
         train = dataclasses.replace(
-            self._config.train, remat=remat or self._config.train.remat, batch=batch or self._config.train.batch
+            train, remat=remat or train.remat, batch=batch or train.batch, accumulate=accumulate or train.accumulate
         )
         config = dataclasses.replace(self._config, train=train)
         stored = memory.sizes(config, self.networks, self._pictures)
@@ -116,15 +119,15 @@ class Planner:
     def nearest(self, plan: Plan) -> Plan | None:
         """The plan that fits and changes the least of one that does not; None where nothing offered fits.
 
-        Tried in this order: another remat policy, fewer samples on a device, more fsdp (and then tensor), more
-        devices; only when none of these fits a larger batch, where devices would have no sample.
+        Tried in this order: another remat policy, a batch in more parts, fewer samples on a device, more fsdp (and then
+        tensor), more devices; only when none of these fits a larger batch, where devices would have no sample.
         """
         for raised in (False, True):
             for topology in (plan.topology, *machines.larger(plan.topology)):
                 for mesh in self._meshes(plan, topology):
-                    for batch in _batches(plan.config.train.batch, mesh, raised):
+                    for batch, accumulate in _batches(plan.config.train, mesh, raised):
                         for remat in _remats(plan.config.train.remat):
-                            found = self.plan(topology, mesh, remat=remat, batch=batch)
+                            found = self.plan(topology, mesh, remat=remat, batch=batch, accumulate=accumulate)
                             if found.fits:
                                 return found
         return None
@@ -186,7 +189,7 @@ def autoencoder_operations(config: Config, found: Networks) -> tuple[float, floa
 def changes(plan: Plan, other: Plan) -> list[str]:
     """What is set otherwise in another plan of the same configuration, each as key=value."""
     found = []
-    for key in ("remat", "batch"):
+    for key in ("remat", "batch", "accumulate"):
         before, after = getattr(plan.config.train, key), getattr(other.config.train, key)
         if before != after:
             found.append(f"train.{key}={after}")
@@ -196,9 +199,10 @@ def changes(plan: Plan, other: Plan) -> list[str]:
 
 
 def _problem(config: Config, mesh: MeshShape) -> str:
-    parts = mesh["data"] * mesh["fsdp"]
-    if config.train.batch % parts:
-        return f"train.batch: found {config.train.batch}, expected a multiple of data x fsdp = {parts}"
+    parts, rounds = mesh["data"] * mesh["fsdp"], config.train.accumulate
+    if config.train.batch % (parts * rounds):
+        times = f" times train.accumulate {rounds}" if rounds > 1 else ""
+        return f"train.batch: found {config.train.batch}, expected a multiple of data x fsdp = {parts}{times}"
     return ""
 
 
@@ -206,12 +210,25 @@ def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def _batches(batch: int, mesh: MeshShape, raised: bool) -> Sequence[int]:
-    """Batches that the mesh divides, from ``batch`` down; ``raised``: the smallest above it."""
+def _batches(train: Train, mesh: MeshShape, raised: bool) -> Sequence[tuple[int, int]]:
+    """Batches that the mesh divides, and into how many parts; ``raised``: the smallest batch above the given one.
+
+    From ``train.batch`` down: the largest in as many parts as now and in more, then smaller ones in the fewest.
+    """
     parts = mesh["data"] * mesh["fsdp"]
     if raised:
-        return [parts] if parts > batch else []
-    return range(batch - batch % parts, 0, -parts)
+        return [(parts, 1)] if parts > train.batch else []
+    rows = train.batch // parts
+    if not rows:
+        return []
+    return [(parts * rows, rounds) for rounds in _rounds(rows, train.accumulate)] + [
+        (parts * fewer, _rounds(fewer, train.accumulate)[0]) for fewer in range(rows - 1, 0, -1)
+    ]
+
+
+def _rounds(rows: int, least: int) -> list[int]:
+    """Into how many parts, ``least`` where possible or more, a device's rows can be cut."""
+    return [rounds for rounds in _divisors(rows) if rounds >= least] or [rows]
 
 
 def _remats(remat: str) -> Sequence[str]:

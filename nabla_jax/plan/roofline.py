@@ -56,7 +56,7 @@ class Seconds:
 
 def collectives(
     mesh: MeshShape, *, base_bytes: float, gradient_bytes: float, tokens: float, model: flux.FluxConfig, itemsize: int,
-    passes: int, backward: bool,
+    passes: int, backward: int,
 ) -> Collectives:  # fmt: skip
     """Bytes that each device sends in one step.
 
@@ -66,8 +66,8 @@ def collectives(
       tokens: of all streams of all samples of one device's share of the batch.
       model: the transformer.
       itemsize: of an activation.
-      passes: through the base: forward, and backward with whatever is computed again.
-      backward: whether there is one.
+      passes: through the base: forward, and backward with whatever is computed again; of every part of a batch.
+      backward: how many of them there are: gradients are added up among devices after each.
     """
     data, fsdp, tensor, sequence = (mesh[axis] for axis in ("data", "fsdp", "tensor", "sequence"))
 
@@ -81,7 +81,7 @@ def collectives(
     gathers = 3 if backward else 1  # keys and values; again in the backward pass, and their gradients back
     return Collectives(
         weights=passes * base_bytes / tensor * others(fsdp),
-        gradients=2 * gradient_bytes * others(data * fsdp * sequence) if backward else 0.0,
+        gradients=2 * backward * gradient_bytes * others(data * fsdp * sequence),
         tensor=2 * reduced * activation * others(tensor),
         sequence=gathers * 2 * blocks * activation * sequence * others(sequence) / tensor,
     )
@@ -101,12 +101,13 @@ def training_step(
 ) -> tuple[Seconds, Collectives]:  # fmt: skip
     """One step of ``train.batch`` samples of so many tokens, cut over all axes of the mesh, for one device."""
     parts = mesh["data"] * mesh["fsdp"]
-    rows = -(-config.train.batch // parts)
+    rows, rounds = -(-config.train.batch // parts), config.train.accumulate
     sent = collectives(
-        mesh, base_bytes=stored.base, gradient_bytes=stored.gradients, tokens=rows * tokens, model=model,
-        itemsize=2 if config.train.dtype == "bfloat16" else 4, passes=2, backward=True,
+        mesh, base_bytes=stored.base, gradient_bytes=stored.adapters, tokens=rows * tokens, model=model,
+        itemsize=2 if config.train.dtype == "bfloat16" else 4, passes=2 * rounds, backward=rounds,
     )  # fmt: skip
     # Weights are read in both passes, what is saved and the state are written and read.
-    moved = 2 * stored.base / mesh["tensor"] + 2 * (held.state + held.gradients + held.activations)
+    each = stored.base / mesh["tensor"] + held.gradients + held.activations
+    moved = 2 * (held.state + rounds * each)
     operations = rows * work.hardware / (mesh["tensor"] * mesh["sequence"])
     return seconds(device, operations, moved, sent.total, utilisation), sent

@@ -1,11 +1,14 @@
 """Three training steps on every mesh that is named; prints losses, parameters' digests and bytes of each device.
 
-python -m tests.parallel.meshes_program 1,1,1,1 2,2,2,1 ...
+python -m tests.parallel.meshes_program 1,1,1,1 2,2,2,1 1,2,2,2,2 ...
+
+A fifth number is train.accumulate.
 """
 
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +42,9 @@ def batch() -> dict[str, np.ndarray]:
     }
 
 
-def run(sizes: tuple[int, ...]) -> dict[str, object]:
-    config = configs.load("configs/omk_fill.py:toy", {"train.ema": "0.9"})
+def run(sizes: Sequence[int]) -> dict[str, object]:
+    *sizes, accumulate = sizes if len(sizes) > len(AXES) else (*sizes, 1)
+    config = configs.load("configs/omk_fill.py:toy", {"train.ema": "0.9", "train.accumulate": str(accumulate)})
     devices = jax.devices()[: int(np.prod(sizes))]
     mesh = meshes.make_mesh(dict(zip(AXES, sizes, strict=True)), devices)
     graphdef, shapes = layers.abstract(lambda rngs: flux.Flux(CONFIG, rngs=rngs))
@@ -63,16 +67,19 @@ def run(sizes: tuple[int, ...]) -> dict[str, object]:
     with jax.set_mesh(mesh):
         state = jax.jit(initial, out_shardings=shardings)()
         step = training.make_step(method, optimizer, config, shardings)
-        for _ in range(STEPS):
-            state, found = step(state, base, meshes.put_batch(batch(), mesh))
-            losses.append(float(found["loss"]))
-            norms.append(float(found["grad_norm"]))
+        with fixtures.compilations() as compiled:
+            for _ in range(STEPS):
+                with training.no_hidden_transfers():
+                    state, found = step(state, base, meshes.put_batch(batch(), mesh))
+                losses.append(float(found["loss"]))
+                norms.append(float(found["grad_norm"]))
     kept = jax.tree.map(lambda leaf, sharding: leaf.sharding.is_equivalent_to(sharding, leaf.ndim), state, shardings)
     return {
         "losses": losses,
         "norms": norms,
         "adapters": float(sum(np.abs(np.asarray(leaf)).sum() for leaf in jax.tree.leaves(state["adapters"]))),
         "kept": all(jax.tree.leaves(kept)),
+        "compiled": compiled,
         "bytes": {"base": bytes_of(base), "state": bytes_of(state)},
         "said": {part: rules.device_bytes(tree, mesh.shape) for part, tree in (("base", base), ("state", state))},
     }
