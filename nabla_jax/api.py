@@ -1,13 +1,16 @@
-"""Re-posing from Python: ``nabla_jax.load(…).repose(subject, target, subject_mask, target_mask)``.
+"""The Python interface: ``birds = nabla_jax.load(…)``, ``birds.repose(…)`` and ``birds.evaluate(…)``.
 
 ``generate``, the samples drawn during training and notebooks all come through here. Pictures are uint8 RGB
 of any size, masks bool or grey pictures of the size of their picture.
+
+Evaluation is a method because ``nabla_jax.evaluate`` is the module of ``python -m nabla_jax.evaluate``, whose function
+``nabla_jax.evaluate.evaluate`` scores pictures that are drawn already, without a model.
 """
 
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +21,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from nabla_jax import assets, diptychs, draws, flow, reposing, runs
+from nabla_jax import config as configs
 from nabla_jax.checkpoints import adapters as adapter_files
 from nabla_jax.checkpoints import pipeline
 from nabla_jax.conditioning.geometry import Placement
@@ -37,6 +41,7 @@ from nabla_jax.parallel import rules
 Array = np.ndarray[Any, Any]
 Picture = Array | Image.Image | str | os.PathLike[str]
 NO_ADAPTER = "none"
+NO_NETWORKS = configs.Metrics()
 APPLIES_TO: dict[str, Literal["condition", "all"]] = {"omini": "condition", "native": "all", "insert": "all"}
 """By method, the tokens that its adapters act on."""
 
@@ -99,6 +104,7 @@ class Reposer:
     control_path: Path | None = None
     control_sha256: str | None = None
     diptychs: DiptychEncoder | None = None
+    quantise: str = "none"
 
     def repose(
         self,
@@ -159,6 +165,79 @@ class Reposer:
         sample = self.sample_settings(seed, steps, guidance, sibling_guidance)
         (result, _), *_ = self.repose_batch([job], dataclasses.replace(sample, batch=meshes.batch_parts(self.mesh)))
         return Image.fromarray(result)
+
+    def evaluate(
+        self,
+        benchmarks: Mapping[str, str | os.PathLike[str]],
+        out: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        beside: Mapping[str, str | os.PathLike[str]] | None = None,
+        limit: int | None = None,
+        subjects: Sequence[Literal["right", "shuffled"]] = ("right", "shuffled"),
+        networks: configs.Metrics = NO_NETWORKS,
+        batch: int | None = None,
+        seed: int = 0,
+        workers: int = 0,
+    ) -> list[dict[str, Any]]:
+        """Draws the pairs of benchmarks, scores the pictures, and writes tables and the report.
+
+        The same as the commands ``generate`` and ``evaluate --report`` with the default settings of sampling. What an
+        interrupted call left is continued, and a second call on the same inputs draws and scores nothing.
+
+        Args:
+          benchmarks: name -> data folder, or pair list in one.
+          out: folder; pictures go to ``out/pictures/NAME``, the report is ``out/index.html``.
+          name: of this model's pictures; default the adapter's, or ``untuned`` for the bare base. Differences are from
+            the set ``untuned`` where there is one.
+          beside: name -> folder of pictures that are drawn already, such as ``out/pictures/untuned`` of an earlier
+            call, to stand in the same tables.
+          limit: only so many pairs of each benchmark, spread over its classes; default all.
+          subjects: right, and shuffled for the picture of another species, which a model must follow as well.
+          networks: those that judge, as in ``config.metrics``; metrics of networks that are not named are left out.
+          batch: pictures drawn at once, more on larger devices; default that of the settings of sampling.
+          seed: of the bootstrap and of drawn reference points; pictures depend on the seed of sampling.
+          workers: processes that score; 0 works in this one, which notebooks and scripts without a main guard need.
+
+        Returns the rows of ``out/summary.json``: model, benchmark, metric, mean, low, high, n and more.
+
+        Raises UserError for a benchmark or network that is not there, pictures without a mask or what the control is
+        made of, a name that is taken, and for an ``out`` that holds pictures made with other settings.
+        """
+        # The verbs draw through this module.
+        from nabla_jax import evaluate, generate, report
+
+        config = configs.Config(
+            configs.Base(str(self.base_path), quantise=self.quantise),
+            configs.Data("", ""),
+            self.conditioning,
+            configs.Lora(),
+            configs.Optim(),
+            configs.Train("", 1, 1),
+            sample=dataclasses.replace(self.defaults, batch=batch or self.defaults.batch),
+            benchmarks={name: os.fspath(root) for name, root in benchmarks.items()},
+            metrics=networks,
+        )
+        configs.check_inputs(config, "evaluate")
+        out, beside = Path(out), beside or {}
+        name = name or (evaluate.BASELINE if self.adapter_path is None else self.adapter_path.stem)
+        taken = [given for given in (name, *beside) if given in evaluate.REFERENCES or "/" in given or name in beside]
+        if taken:
+            raise UserError(f"evaluate: a set of pictures cannot be called {taken[0]!r}, expected a name of its own")
+        sets = {name: out / "pictures" / name, **{name: Path(folder) for name, folder in beside.items()}}
+        generate.draw_benchmarks(config, self, sets[name], subjects, limit)
+        rows = evaluate.evaluate(
+            sets,
+            {name: Path(root) for name, root in benchmarks.items()},
+            out,
+            seed=seed,
+            shuffle_seed=self.defaults.seed,
+            workers=workers,
+            limit=limit,
+            networks=networks,
+        )
+        report.write(out, out)
+        return rows
 
     def sample_settings(
         self,
@@ -419,6 +498,7 @@ def load(
         control_path=control_path,
         control_sha256=file_sha256(control_path) if control_path else None,
         diptychs=encoder,
+        quantise=quantise,
     )
 
 

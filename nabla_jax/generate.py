@@ -134,9 +134,7 @@ MANIFEST = "manifest.jsonl"
 
 def _make_benchmarks(config: configs.Config, arguments: argparse.Namespace) -> None:
     kinds = [kind.strip() for kind in arguments.subjects.split(",") if kind.strip()]
-    unknown = sorted(set(kinds) - set(KINDS))
-    if unknown or not kinds:
-        raise UserError(f"--subjects: found {arguments.subjects!r}, expected {' or '.join(KINDS)}, or both")
+    _check_kinds(kinds, "--subjects")
     works = list(read_works(config, _benchmarks(config, arguments), kinds, arguments.out, arguments.limit))
     with runs.writing(arguments.out):
         arguments.out.mkdir(parents=True, exist_ok=True)
@@ -152,10 +150,30 @@ def _make_benchmarks(config: configs.Config, arguments: argparse.Namespace) -> N
     with lock if processes.is_first() else contextlib.nullcontext():
         chosen = ("none", None) if arguments.reference else (arguments.adapter, arguments.control_adapter)
         reposer = _load(config, *chosen)
-        settings = _settings(config, reposer, arguments)
+        settings = _settings(config, reposer, arguments.reference)
         for work in works:
             maker = _ceiling_maker(reposer, work, config) if arguments.reference else _maker(reposer, work, config)
             make(work, settings, config.sample.batch, maker)
+
+
+def _check_kinds(kinds: Sequence[str], what: str) -> None:
+    if not kinds or set(kinds) - set(KINDS):
+        raise UserError(f"{what}: found {','.join(kinds)!r}, expected {' or '.join(KINDS)}, or both")
+
+
+def draw_benchmarks(
+    config: configs.Config, reposer: "api.Reposer", out: Path, kinds: Sequence[str], limit: int | None
+) -> None:
+    """Makes what is missing of the pictures of all benchmarks by a model that is loaded already.
+
+    Raises UserError as ``read_works`` and ``make`` do, before anything is drawn where the fault is in a data set.
+    """
+    _check_kinds(kinds, "subjects")
+    works = list(read_works(config, list(config.benchmarks), kinds, out, limit))
+    with runs.lock(out / ".lock", f"--out {out}"):
+        settings = _settings(config, reposer, None)
+        for work in works:
+            make(work, settings, config.sample.batch, _maker(reposer, work, config))
 
 
 def read_works(
@@ -238,8 +256,8 @@ def sibling_subjects(
     return chosen
 
 
-def _settings(config: configs.Config, reposer: "api.Reposer", arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a manifest row that every picture of a set shares."""
+def _settings(config: configs.Config, reposer: "api.Reposer", reference: str | None) -> dict[str, Any]:
+    """The fields of a manifest row that every picture of a set shares; ``reference`` stands for the model."""
     further: dict[str, Any] = {}
     if reposer.control_path is not None:
         further = {"control_adapter": str(reposer.control_path), "control_adapter_sha256": reposer.control_sha256}
@@ -259,7 +277,7 @@ def _settings(config: configs.Config, reposer: "api.Reposer", arguments: argpars
         "seed": config.sample.seed,
         "steps": config.sample.steps,
         "guidance": config.sample.guidance,
-        "adapter": arguments.reference or (str(reposer.adapter_path) if reposer.adapter_path else "none"),
+        "adapter": reference or (str(reposer.adapter_path) if reposer.adapter_path else "none"),
         "adapter_sha256": reposer.adapter_sha256,
         "base_sha256": reposer.base_sha256,
     }

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 Load = Callable[[configs.Config, str, str | None], "api.Reposer"]
-Settings = Callable[[configs.Config, "api.Reposer", argparse.Namespace], dict[str, Any]]
+Settings = Callable[[configs.Config, "api.Reposer", str | None], dict[str, Any]]
 
 PLATE = "plate.png"
 MANIFEST = "manifest.jsonl"
@@ -99,7 +99,7 @@ def _make_plate(config: configs.Config, arguments: argparse.Namespace, load: Loa
         out.mkdir(parents=True, exist_ok=True)
     with runs.lock(out / ".lock", f"--out {out}"):
         reposer = load(config, arguments.adapter, arguments.control_adapter)
-        shared = settings(config, reposer, arguments)
+        shared = settings(config, reposer, arguments.reference)
         shared |= {f"{name}_sha256": file_sha256(path) for name, path in _files(arguments).items()}
         if target["target_caption"]:
             shared["target_caption"] = target["target_caption"]

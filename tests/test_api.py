@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import nabla_jax
-from nabla_jax import api, runs
+from nabla_jax import api, evaluate, generate, runs
 from nabla_jax.checkpoints import adapters
 from nabla_jax.conditioning.geometry import Placement
 from nabla_jax.config import Conditioning, Sample
@@ -109,6 +109,54 @@ def test_settings_come_from_the_adapters_metadata() -> None:
     assert (reposer.defaults.steps, reposer.defaults.guidance) == (2, 2.5)
     assert reposer.method.adapter == "fill"
     assert reposer.adapter_path == runs.RunFolder(fixtures.trained_run()).adapter(4, "fill")
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+
+def test_evaluation_is_what_the_two_commands_give(tmp_path: Path) -> None:
+    root = fixtures.prepared_root()
+    benchmarks = {"nabla": root / "world" / "nabirds"}
+    rows = tuned().evaluate(benchmarks, tmp_path / "out", limit=2)
+    config = str(fixtures.write_config(root, tmp_path / "config.py", sample__batch=tuned().defaults.batch))
+    adapter = ["--adapter", str(fixtures.trained_run())]
+    generate.main(["--config", config, "--out", str(tmp_path / "pictures"), "--limit", "2", *adapter])
+    pictures = ["--pictures", f"fill={tmp_path / 'pictures'}"]
+    evaluate.main(["--config", config, "--out", str(tmp_path / "report"), "--limit", "2", "--workers", "0", *pictures])
+    assert {row["model"] for row in rows} == {"fill", *evaluate.REFERENCES}
+    assert rows == runs.read_json(tmp_path / "report" / "summary.json")
+    assert (tmp_path / "out" / "index.html").is_file()
+
+    # A second call draws and scores nothing; the untuned base stands beside it, as what differences are from.
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.png")}
+    assert len(made) >= 4
+    beside = {"fill": tmp_path / "out" / "pictures" / "fill"}
+    untuned().evaluate(benchmarks, tmp_path / "out", limit=2, beside=beside)
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    compared = runs.read_json(tmp_path / "out" / "comparisons.json")
+    assert {row["baseline"] for row in compared} == {"untuned"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"benchmarks": {"nabla": "nowhere"}}, "evaluate is missing .*nowhere"),
+        ({"name": "copy-target"}, "cannot be called 'copy-target'"),
+        ({"name": "a", "beside": {"a": "pictures"}}, "cannot be called 'a'"),
+        ({"subjects": ("left",)}, "subjects: found 'left', expected right or shuffled"),
+    ],
+)
+def test_evaluations_that_cannot_be(options: dict, message: str, tmp_path: Path) -> None:
+    known = {"benchmarks": {"nabla": fixtures.prepared_root() / "world" / "nabirds"}}
+    with pytest.raises(UserError, match=message):
+        untuned().evaluate(out=tmp_path, **known | options)
+    assert list(tmp_path.rglob("*.png")) == []
+
+
+def test_the_method_leaves_the_command_alone() -> None:
+    """``nabla_jax.evaluate`` is the module that ``python -m nabla_jax.evaluate`` runs, whatever is imported first."""
+    assert nabla_jax.evaluate is evaluate and callable(evaluate.evaluate)
+    assert callable(api.Reposer.evaluate)
 
 
 # ------------------------------------------------------------------------------------------------- bad input
