@@ -64,7 +64,7 @@ def test_models_import_nothing_else_of_the_package(path: Path) -> None:
     assert folders(path) <= {"models", "errors"}
 
 
-VERBS = {"api", "evaluate", "export", "fetch", "generate", "prepare", "train"}
+VERBS = {"api", "curate", "evaluate", "export", "fetch", "generate", "prepare", "train"}
 LOWER = ("checkpoints", "conditioning", "data", "flow", "metrics", "models", "optim", "parallel")
 
 
@@ -103,7 +103,7 @@ def test_errors_in_a_configuration_are_told_before_jax_loads() -> None:
         "nabla_jax",
         "nabla_jax.errors",
         "nabla_jax.config",
-        *(f"nabla_jax.{verb}" for verb in ("train", "generate", "export", "fetch")),
+        *(f"nabla_jax.{verb}" for verb in ("train", "generate", "export", "fetch", "curate")),
     )
     assert found & {"jax", "torch", "transformers"} == set()
 

@@ -95,9 +95,14 @@ def spread(pairs: Sequence[Pair], limit: int | None) -> list[Pair]:
     return [pairs[position] for position in sorted(chosen)]
 
 
+def lists_observations(folder: Path) -> bool:
+    """Whether a row of the folder's list is an observation of iNaturalist: two photos of it, never of two birds."""
+    return inaturalist.is_layout(folder) and not (nabirds.is_layout(folder) or manifest.is_layout(folder))
+
+
 def _rows(folder: Path, path: Path | None, dataset: Dataset) -> list[tuple[int, str, str]]:
     """(row number, id of image_1, id of image_2) of every row."""
-    if inaturalist.is_layout(folder) and not (nabirds.is_layout(folder) or manifest.is_layout(folder)):
+    if lists_observations(folder):
         return _inat_rows(folder, path)
     if path is None and clips.is_layout(folder) and not (folder / "pairs.csv").is_file():
         return [(number, first, second) for number, (first, second) in enumerate(clips.frame_pairs(dataset))]

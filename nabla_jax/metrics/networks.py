@@ -51,6 +51,8 @@ PATCHES = "patches"
 ALL = (*WHOLE, *BOX, PATCHES)
 """The arrays of birds on black ground."""
 KEYPOINTS = "keypoints"
+COLOURS = "colours"
+"""``birds.colours`` of the cut-out, which no network gives."""
 
 _LOADERS = {"dinov2": transformers_folder.load_dinov2, "siglip": transformers_folder.load_siglip}
 

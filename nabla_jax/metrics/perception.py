@@ -25,7 +25,7 @@ from nabla_jax.errors import UserError
 from nabla_jax.images import resize
 from nabla_jax.metrics import networks as nets
 from nabla_jax.metrics import patches, pose, retrieval
-from nabla_jax.metrics.birds import MaskedBird, masked_bird, masked_pair
+from nabla_jax.metrics.birds import MaskedBird, colours, masked_bird, masked_pair
 from nabla_jax.metrics.references import stretch
 from nabla_jax.parallel import processes
 
@@ -67,8 +67,8 @@ def describe_real(
     fingerprint: Callable[[str], str],
     cache: Path,
 ) -> dict[str, nets.Description]:
-    """Descriptions of real birds by id, with the arrays ``names`` (``keypoints`` too, where they are named); birds
-    without a foreground pixel are left out.
+    """Descriptions of real birds by id, with the arrays ``names`` (``keypoints`` and ``colours`` too, where they are
+    named); birds without a foreground pixel are left out.
 
     Kept below ``cache`` by the networks' and the pictures' fingerprints: ``fingerprint`` is the hash of a picture and
     its mask. Raises UserError for a damaged file there.
@@ -76,7 +76,10 @@ def describe_real(
 
     def make(batch: Sequence[str]) -> Arrays:
         shown = {id: (picture, mask) for id in batch for picture, mask in [read(id)] if mask.any()}
-        found = nets.describe(networks, [masked_bird(*pair) for pair in shown.values()], names) if shown else []
+        birds = [masked_bird(*pair) for pair in shown.values()]
+        found = nets.describe(networks, birds, names) if shown else []
+        if nets.COLOURS in names:
+            found = [{**row, nets.COLOURS: colours(bird)} for row, bird in zip(found, birds, strict=True)]
         if shown and nets.KEYPOINTS in names and networks.keypoints is not None:
             points = networks.keypoints([p for p, _ in shown.values()], [mask_box(m) for _, m in shown.values()])
             found = [{**row, nets.KEYPOINTS: own} for row, own in zip(found, points, strict=True)]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from nabla_jax import runs
+from nabla_jax.conditioning.geometry import Box
 from nabla_jax.images import read_mask, read_rgb, resize, write_image
 from nabla_jax.metrics import oracle
 from nabla_jax.metrics.references import stretch
@@ -30,21 +31,35 @@ _COLOURS = ((11, 16, 38), (52, 44, 110), (128, 50, 124), (205, 66, 98), (245, 12
 
 @dataclasses.dataclass(frozen=True)
 class Thumbnail:
-    """What a file shows: its sources, and how they become one picture."""
+    """What a file shows: its sources, and how they become one picture.
+
+    ``box`` (top, left, bottom, right) is the part of a picture that is shown, None for all of it at the usual size;
+    ``side`` is the longest side.
+    """
 
     kind: str
     sources: tuple[Path, ...]
+    box: Box | None = None
+    side: int = SIDE
 
     @functools.cached_property
     def name(self) -> str:
-        """File name: a hash of kind, sources, and the sources' sizes and times."""
-        digest = hashlib.sha256(f"1 {self.kind} {SIDE}".encode())
+        """File name: a hash of kind, sources, the sources' sizes and times, and the part that is shown."""
+        part = "" if self.box is None else f" {self.box}"
+        digest = hashlib.sha256(f"1 {self.kind} {self.side}{part}".encode())
         for path in self.sources:
             found = path.stat()
             # Answers of an oracle are named by what they are; their folder may move with the evaluation.
             where = "/".join(path.parts[-2:]) if path.suffix == ".npz" else os.path.abspath(path)
             digest.update(f"\n{where} {found.st_size} {found.st_mtime_ns}".encode())
         return f"{digest.hexdigest()[:20]}.webp"
+
+    def paint(self) -> Array:
+        """The picture. Raises UserError for a source that cannot be read."""
+        if self.box is None:
+            return _PAINT[self.kind](*self.sources)
+        top, left, bottom, right = self.box
+        return _small(read_rgb(self.sources[0])[top:bottom, left:right], self.side)
 
 
 def write_missing(wanted: Iterable[Thumbnail], folder: Path, workers: int) -> int:
@@ -58,7 +73,7 @@ def write_missing(wanted: Iterable[Thumbnail], folder: Path, workers: int) -> in
     pool = concurrent.futures.ThreadPoolExecutor(max(1, workers))
     try:
         for _ in runs.track(
-            pool.map(lambda t: write_image(_PAINT[t.kind](*t.sources), folder / t.name, quality=86), todo),
+            pool.map(lambda t: write_image(t.paint(), folder / t.name, quality=86), todo),
             "thumbnails",
             total=len(todo),
             unit="picture",
@@ -92,14 +107,14 @@ def scale() -> Array:
     return np.rint(np.stack(channels, axis=1)).astype(np.uint8)
 
 
-def _size(shape: tuple[int, ...]) -> tuple[int, int]:
+def _size(shape: tuple[int, ...], side: int = SIDE) -> tuple[int, int]:
     height, width = shape[:2]
-    factor = min(1.0, SIDE / max(height, width))
+    factor = min(1.0, side / max(height, width))
     return max(1, round(height * factor)), max(1, round(width * factor))
 
 
-def _small(picture: Array) -> Array:
-    return resize(picture, *_size(picture.shape), "lanczos")
+def _small(picture: Array, side: int = SIDE) -> Array:
+    return resize(picture, *_size(picture.shape, side), "lanczos")
 
 
 def _control(target: Path, mask: Path) -> Array:
