@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib.util
+import math
 import sys
 import types
 import typing
@@ -296,6 +297,8 @@ def load(spec: str, overrides: Mapping[str, str] | Sequence[tuple[str, str]] = (
     items = [item.strip() for item in arg.split(",") if item.strip()]
     sizes = [item for item in items if "=" not in item]
     values = _plain(_run(Path(file), ",".join(sizes)))
+    if not isinstance(values, dict):
+        raise _type_error(spec, "get_config()", values, "a section with keys")
     pairs = [(_full_key(key, spec), text) for key, text in (item.split("=", 1) for item in items if "=" in item)]
     pairs += list(overrides.items()) if isinstance(overrides, Mapping) else list(overrides)
     for key, text in pairs:
@@ -428,6 +431,8 @@ def _override(values: dict[str, Any], key: str, text: str, where: str) -> None:
     *sections, leaf = key.split(".", 1)  # a benchmark's name may itself hold dots
     for section in sections:
         node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise _type_error(where, section, node, "a section with keys")
     node[leaf] = parsed
 
 
@@ -487,7 +492,10 @@ def _value(kind: Any, value: Any, key: str, where: str) -> Any:
         assert isinstance(kind, type)
         return _build(kind, value, key + ".", where)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise _type_error(where, key, value, _type_name(kind)) from None
     if kind in (bool, str) and isinstance(value, kind):
         return value
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
@@ -522,6 +530,12 @@ def _type_error(where: str, key: str, found: Any, expected: str) -> UserError:
 
 def _check_ranges(config: Config, where: str) -> None:
     flat = flatten(to_dict(config))
+    for key, value in flat.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{where}: {key}: found {value!r}, expected a finite number")
+            if type(number) is int and abs(number) >= 2**63:
+                raise UserError(f"{where}: {key}: found a number of {len(str(number))} digits, expected fewer")
     for key, choices in _CHOICES.items():
         if flat[key] not in choices:
             raise UserError(f"{where}: {key}: found {flat[key]!r}, expected one of {', '.join(choices)}")

@@ -5,10 +5,12 @@ Importing this needs numpy only; Pillow is imported by the functions that use it
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -22,6 +24,8 @@ Array = np.ndarray[Any, Any]
 PathLike = str | os.PathLike[str]
 Method = Literal["area", "bilinear", "lanczos", "nearest"]
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
+"""What is read. Pillow knows more, some of them through other programs: none that a photo, mask or depth map is in."""
 MAX_PIXELS = 80_000_000
 """Refused above this, before decoding: a small file can hold a picture that fills the memory."""
 
@@ -34,10 +38,7 @@ def read_rgb(path: PathLike) -> Array:
     Raises UserError naming the file when it is missing, truncated, no picture, too large, or of more than 8
     bits.
     """
-    with _opened(path) as image:
-        if image.mode.startswith(("I", "F")):
-            raise UserError(f"{path}: found {image.mode} pixels of more than 8 bits, expected an 8-bit picture")
-        return np.asarray(_upright(image, path).convert("RGB"))
+    return _pixels(path, "RGB", "picture")
 
 
 def read_grey(path: PathLike, size: tuple[int, int] | None = None, what: str = "depth map") -> Array:
@@ -46,10 +47,7 @@ def read_grey(path: PathLike, size: tuple[int, int] | None = None, what: str = "
     `size` is that picture's (height, width), `what` the file's name in errors. Raises UserError when the file cannot
     be read, has more than 8 bits, or is of another size: resized, it would silently shift what it shows.
     """
-    with _opened(path) as image:
-        if image.mode.startswith(("I", "F")):
-            raise UserError(f"{path}: found {image.mode} pixels of more than 8 bits, expected an 8-bit {what}")
-        grey = np.asarray(_upright(image, path).convert("L"))
+    grey = _pixels(path, "L", what)
     if size is not None and grey.shape != tuple(size):
         raise UserError(
             f"{path}: {what} is {grey.shape[0]}x{grey.shape[1]} (height x width), "
@@ -67,10 +65,8 @@ def picture_size(path: PathLike) -> tuple[int, int]:
     """(height, width) of the upright picture, from its header alone. Raises UserError like `read_rgb`."""
     with _opened(path) as image:
         rows, columns = image.height, image.width
-        try:
+        with _decoding(path, "not a readable picture"):
             turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{path}: not a readable picture ({error})") from error
     return (columns, rows) if turned else (rows, columns)
 
 
@@ -216,27 +212,38 @@ def _lanczos(image: Array, height: int, width: int) -> Array:
 def _opened(path: PathLike) -> PIL.Image.Image:
     from PIL import Image, UnidentifiedImageError
 
-    try:
-        image = Image.open(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such picture") from None
-    except UnidentifiedImageError:
-        raise UserError(f"{path}: not a picture in a known format") from None
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: {error}") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: not a readable picture ({error})") from error
-    if image.height * image.width > MAX_PIXELS:
+    with _decoding(path, "not a readable picture"):
+        try:
+            Image.init()  # of what is not registered yet, Pillow opens nothing by name
+            image = Image.open(path, formats=FORMATS)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such picture") from None
+        except UnidentifiedImageError:
+            raise UserError(f"{path}: not a picture in a known format") from None
+    if image.height * image.width > MAX_PIXELS or not image.height * image.width:
         image.close()
-        raise UserError(f"{path}: found {image.height}x{image.width} pixels, expected at most {MAX_PIXELS:,}")
+        raise UserError(f"{path}: found {image.height}x{image.width} pixels, expected 1 to {MAX_PIXELS:,}")
     return image
 
 
-def _upright(image: PIL.Image.Image, path: PathLike) -> PIL.Image.Image:
+def _pixels(path: PathLike, mode: str, what: str) -> Array:
+    """The picture upright as [H, W] ('L') or [H, W, 3] ('RGB') uint8."""
     from PIL import ImageOps
 
+    with _opened(path) as image:
+        if image.mode.startswith(("I", "F")):
+            raise UserError(f"{path}: found {image.mode} pixels of more than 8 bits, expected an 8-bit {what}")
+        with _decoding(path, "truncated or damaged picture"):
+            image.load()
+            return np.asarray(ImageOps.exif_transpose(image).convert(mode))
+
+
+@contextlib.contextmanager
+def _decoding(path: PathLike, what: str) -> Iterator[None]:
+    """Turns whatever Pillow raises into a UserError that names the file."""
     try:
-        image.load()
-        return ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: truncated or damaged picture ({error})") from error
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # for damaged bytes its decoders raise what they meet: struct.error, KeyError, ...
+        raise UserError(f"{path}: {what} ({str(error) or type(error).__name__})") from error

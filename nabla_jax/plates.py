@@ -18,6 +18,7 @@ import numpy as np
 from nabla_jax.data import tables
 from nabla_jax.data.problems import Problems
 from nabla_jax.errors import UserError
+from nabla_jax.untrusted import below, whole_number
 
 if TYPE_CHECKING:
     from PIL import Image, ImageFont
@@ -79,11 +80,17 @@ def read_birds(path: Path) -> list[Bird]:
         if label in lines:
             problems.error(path, line, f"label {label!r} is on line {lines[label]}, too", "give each bird its own")
         lines.setdefault(label, line)
-        files = {name: path.parent / row[name] for name in ("picture", "mask") if row.get(name)}
-        for name, file in files.items():
-            if not file.is_file():
+        files: dict[str, Path] = {}
+        for name in ("picture", "mask"):
+            file = below(path.parent, row.get(name, "")) if row.get(name) else None
+            if row.get(name) and file is None:
+                problems.error(path, line, f"{name}: {row[name]} leaves the list's folder", "copy the file below it")
+            elif file is not None and not file.is_file():
                 problems.error(path, line, f"{name}: found no file {file}", "paths start at the list's folder")
-        birds.append(Bird(label, files["picture"], files.get("mask")))
+            elif file is not None:
+                files[name] = file
+        if "picture" in files:
+            birds.append(Bird(label, files["picture"], files.get("mask")))
     problems.refuse()
     if not birds:
         raise UserError(f"{path}: found no bird, expected at least one row of {', '.join(BIRDS)}")
@@ -104,7 +111,8 @@ def read_arrows(path: Path, labels: Sequence[str], height: int, width: int) -> l
         outside = False
         for name, size in (("row", height), ("column", width)):
             text = row[name]
-            if not (text.isascii() and text.isdigit() and int(text) < size):
+            number = whole_number(text)
+            if number is None or number >= size:
                 problems.error(path, line, f"{name}: found {text!r}", f"give a whole number from 0 to {size - 1}")
                 outside = True
         if not outside:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nabla_jax import config as configs
+from nabla_jax import untrusted
 from nabla_jax.errors import UserError
 
 T = TypeVar("T")
@@ -88,7 +89,7 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
     except KeyboardInterrupt:
         # Python takes one that was raised below an exec of text (dataclasses are made by it) for unhandled, whoever
         # caught it, and ends `python -m` by the signal; the next exec of text makes it forget.
-        exec("")
+        exec("")  # noqa: S102
         _fail("interrupted; the same command continues", 128 + signal.SIGINT)
     except OSError as error:
         # Files that cannot be written are the user's to mend; any other OSError is a bug and keeps its
@@ -203,12 +204,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Raises UserError naming the file when it is absent or no JSON."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a readable JSON file ({error})") from error
+    return untrusted.read_json(path)
 
 
 class JsonLines:
@@ -271,11 +267,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            row = untrusted.parse_json(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"found {type(row).__name__}")
+        except ValueError as error:
             if number == len(lines):  # no newline after it: the process died while writing
                 break
             raise UserError(f"{path}: line {number} is no JSON object ({error})") from error
+        rows.append(row)
     return rows
 
 
@@ -328,10 +327,11 @@ class RunFolder:
         """The step of the newest exported adapter."""
         if not self.last.is_file():
             return None
-        text = self.last.read_text().strip()
-        if not text.startswith("step_") or not text[5:].isdigit():
-            raise UserError(f"{self.last}: found {text!r}, expected step_N")
-        return int(text[5:])
+        text = self.last.read_bytes().decode(errors="replace").strip()
+        step = untrusted.whole_number(text.removeprefix("step_"))
+        if not text.startswith("step_") or step is None:
+            raise UserError(f"{self.last}: found {text[:100]!r}, expected step_N")
+        return step
 
     def last_adapter(self, name: str) -> Path:
         """The newest exported adapter."""
@@ -380,7 +380,9 @@ def lock(path: Path, what: str) -> Iterator[None]:
 
 def _check_same(folder: RunFolder, resolved: Mapping[str, Any]) -> None:
     # A field that is younger than the run has a default that leaves the run what it was.
-    before = json.loads(json.dumps(configs.defaults())) | configs.flatten(read_json(folder.config))
+    written = read_json(folder.config)
+    untrusted.check(written, dict[str, Any], str(folder.config))
+    before = json.loads(json.dumps(configs.defaults())) | configs.flatten(written)
     now = configs.flatten(json.loads(json.dumps(resolved)))
     differing = [
         f"{key}: {before.get(key, 'absent')!r} there, {now.get(key, 'absent')!r} here"
@@ -399,6 +401,7 @@ def _check_same(folder: RunFolder, resolved: Mapping[str, Any]) -> None:
 def write_environment(path: Path, extra: Mapping[str, Any] | None = None) -> None:
     """Appends versions, platform, git commit and command line of this start to a JSON list."""
     starts = read_json(path) if path.is_file() else []
+    untrusted.check(starts, list[Any], str(path))
     starts.append(environment() | dict(extra or {}))
     write_json(path, starts)
 

@@ -63,7 +63,9 @@ def main(argv: Sequence[str]) -> None:
     assert world is not None
     answers = [oracle.ask(world, bird.id, target.id, mask) for bird in birds]
     args.out.mkdir(parents=True, exist_ok=True)
-    listed = [(bird.species, bird.image.resolve(), bird.mask and bird.mask.resolve()) for bird in birds]
+    listed = [
+        (bird.species, copied(bird.image, args.out / "photos"), copied(bird.mask, args.out / "masks")) for bird in birds
+    ]
     places = [
         (bird.species, *place, "") for bird, place in zip(birds, marks([a for a, _ in answers], mask), strict=True)
     ]
@@ -80,6 +82,15 @@ def main(argv: Sequence[str]) -> None:
         print(f"{row['label']:28s} normalised identity {found:5.2f}   rank of its species among ten: {errors.rank}")
     if args.picture is not None:
         shutil.copyfile(args.out / one_target.PLATE, args.picture)
+
+
+def copied(file: Path | None, folder: Path) -> str:
+    """Copies a file; its path below the folder's own, as a list beside it has it."""
+    if file is None:
+        return ""
+    folder.mkdir(exist_ok=True)
+    shutil.copyfile(file, folder / file.name)
+    return f"{folder.name}/{file.name}"
 
 
 def marks(answers: Sequence[np.ndarray], mask: np.ndarray) -> list[tuple[int, int]]:

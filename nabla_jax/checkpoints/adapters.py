@@ -8,7 +8,9 @@ assumes.
 
 import dataclasses
 import json
+import math
 import os
+import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +21,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
+from nabla_jax import untrusted
 from nabla_jax.checkpoints import adapter_formats as formats
 from nabla_jax.checkpoints.adapter_formats import Format, Pair
 from nabla_jax.checkpoints.safetensors_io import DTYPES, Header, collapse, read_header, save_tree
@@ -111,12 +114,22 @@ class AdapterMetadata:
     @classmethod
     def from_json(cls, text: str, path: str | os.PathLike[str]) -> "AdapterMetadata":
         """Parses the header entry of the file at ``path``."""
+        where = f"{path}: metadata {_KEY}"
         try:
-            raw = json.loads(text)
+            raw = untrusted.parse_json(text)
+            untrusted.check(raw, dict[str, Any], where)
             lists = {name: tuple(value) for name, value in raw.items() if isinstance(value, list)}
-            return cls(**raw | lists)
-        except (json.JSONDecodeError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: metadata {_KEY}: cannot be read ({error}), expected AdapterMetadata") from error
+            found = cls(**raw | lists)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{where}: cannot be read ({error}), expected AdapterMetadata") from error
+        for name, kind in typing.get_type_hints(cls).items():
+            untrusted.check(getattr(found, name), kind, where, name)
+        if found.rank < 1:
+            raise UserError(f"{where}: rank: found {found.rank}, expected at least 1")
+        for name in ("alpha", "guidance", "sample_guidance", "window", "sample_expansion", "sample_window"):
+            if not math.isfinite(getattr(found, name)):
+                raise UserError(f"{where}: {name}: found {getattr(found, name)}, expected a finite number")
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,9 +173,9 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
         with safe_open(path, framework="numpy") as file:
             for entry in entries:
                 pair = _pair(path, file, header, entry)
-                rank = pair.lora_A.shape[0]
                 if "alpha" in entry.names:
-                    scales[entry.names["alpha"]] = float(file.get_tensor(entry.names["alpha"]).item()) / rank
+                    name = entry.names["alpha"]
+                    scales[name] = _alpha(path, file, header, name) / pair.lora_A.shape[0]
                 try:
                     parts = formats.split(
                         pair,
@@ -290,7 +303,24 @@ def _pair(path: Path, file: Any, header: Header, entry: formats.Entry) -> Pair:
         raise UserError(
             f"{path}: {names[0]} and {names[1]} have shapes {shapes[0]} and {shapes[1]}, expected [r, in] and [out, r]"
         )
-    return Pair(*(file.get_tensor(name) for name in names))
+    if not all(size for shape in shapes for size in shape):
+        raise UserError(f"{path}: {names[0]} and {names[1]} have shapes {shapes[0]} and {shapes[1]}, expected no 0")
+    pair = Pair(*(file.get_tensor(name) for name in names))
+    for name, matrix in zip(names, pair, strict=True):
+        if not np.isfinite(matrix).all():
+            raise UserError(f"{path}: {name}: found NaN or infinity, expected numbers: the adapter is of no use")
+    return pair
+
+
+def _alpha(path: Path, file: Any, header: Header, name: str) -> float:
+    """The number of a file's tensor ``alpha``."""
+    entry = header.tensors[name]
+    if math.prod(entry.shape) != 1 or entry.dtype not in DTYPES:
+        raise UserError(f"{path}: {name}: found {entry.dtype} of shape {entry.shape}, expected one number")
+    value = float(file.get_tensor(name).item())
+    if not math.isfinite(value):
+        raise UserError(f"{path}: {name}: found {value}, expected a finite number")
+    return value
 
 
 def _one_rank(path: Path, ranks: set[int]) -> int:
@@ -320,19 +350,22 @@ def _stated_scale(path: Path, header: Header) -> float | None:
     if _DIFFUSERS_KEY in header.metadata:
         text, prefix, where = header.metadata[_DIFFUSERS_KEY], "transformer.", path
     elif path.name == _PEFT_FILE and where.is_file():
-        text = where.read_text(encoding="utf-8")
+        text = where.read_bytes().decode("utf-8", "replace")
     else:
         return None
     try:
-        config = {str(k).removeprefix(prefix): v for k, v in json.loads(text).items()}
+        config = {str(k).removeprefix(prefix): v for k, v in untrusted.parse_json(text).items()}
         if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
             raise UserError(f"{where}: use_dora, rank_pattern and alpha_pattern are not supported, expected plain LoRA")
         if "r" not in config:
             return None
         rank = int(config["r"])
         alpha = float(config.get("lora_alpha") or rank)
-        return alpha / (rank**0.5 if config.get("use_rslora") else rank)
-    except (json.JSONDecodeError, AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+        scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        if rank < 1 or not math.isfinite(scale):
+            raise ValueError(f"r: {rank}, lora_alpha: {alpha}")
+        return scale
+    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{where}: LoRA configuration cannot be read: {error}") from error
 
 

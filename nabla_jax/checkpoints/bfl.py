@@ -15,6 +15,7 @@ from nabla_jax.checkpoints.safetensors_io import Header, Rows, Shape, Stored, wh
 from nabla_jax.errors import UserError
 from nabla_jax.models.autoencoder import AutoencoderKLConfig
 from nabla_jax.models.flux import FluxConfig
+from nabla_jax.untrusted import parse_json
 
 # Entry of the file's header under which ``metadata`` puts the configuration: it cannot all be told from the tensors.
 _KEY = "nabla_jax_config"
@@ -218,9 +219,9 @@ def _sizes(path: str | os.PathLike[str], header: Header, kind: str) -> Callable[
 
 def _from_metadata(path: str | os.PathLike[str], header: Header, parse: Callable[[dict[str, Any]], C]) -> C:
     try:
-        raw = json.loads(header.metadata[_KEY])
+        raw = parse_json(header.metadata[_KEY])
         if not isinstance(raw, dict):
             raise UserError(f"found {type(raw).__name__}, expected a JSON object")
         return parse(raw)
-    except (json.JSONDecodeError, UserError) as error:
+    except (ValueError, UserError) as error:
         raise UserError(f"{path}: metadata {_KEY}: {error}") from error

@@ -20,6 +20,7 @@ from typing import Any
 from flax import nnx
 from jax.typing import DTypeLike
 
+from nabla_jax import untrusted
 from nabla_jax.checkpoints import bfl
 from nabla_jax.checkpoints.safetensors_io import (
     Header,
@@ -241,7 +242,7 @@ def is_kontext(folder: StrPath) -> bool:
     """
     if problems := _index_problems(Path(folder)):
         raise UserError(f"{folder}: {'; '.join(problems)}")
-    index = json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8"))
+    index = untrusted.read_json(Path(folder) / "model_index.json")
     return bool(index["_class_name"] == "FluxKontextPipeline")
 
 
@@ -400,8 +401,8 @@ def _index_problems(folder: Path) -> list[str]:
     if not path.is_file():
         return ["model_index.json is missing"]
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        index = untrusted.parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         return [f"model_index.json: not valid JSON ({error})"]
     name = index.get("_class_name") if isinstance(index, dict) else None
     if name not in PIPELINES:

@@ -26,6 +26,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
+from nabla_jax import untrusted
 from nabla_jax.errors import UserError
 from nabla_jax.models.quantised import Quantised, quantise
 
@@ -54,6 +55,8 @@ _STEMS = ("diffusion_pytorch_model", "model")
 # Page faults of fresh memory cost as much as reading: several threads share them.
 _THREADS = min(8, os.cpu_count() or 1)
 _CHUNK = 1 << 24
+_DIMENSIONS = 32  # of a tensor at most
+_BLOCKS = 1024  # that no file needs to hold for their names to be listed
 
 
 @dataclass(frozen=True)
@@ -324,11 +327,15 @@ def _files(path: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
 
 def _sharded(index: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        weight_map = untrusted.parse_json(index.read_bytes())["weight_map"]
+        untrusted.check(weight_map, dict[str, str], str(index), "weight_map")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index}: not a safetensors index with a weight_map ({error})") from error
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index}: weight_map: expected tensor names and their files, found {weight_map!r}")
+    if not weight_map:
+        raise UserError(f"{index}: weight_map: expected tensor names and their files, found none")
+    for name in set(weight_map.values()):
+        if not untrusted.is_file_name(name):
+            raise UserError(f"{index}: weight_map: found {name[:100]!r}, expected the name of a file beside the index")
     files = tuple(index.parent / name for name in sorted(set(weight_map.values())))
     absent = [file.name for file in files if not file.is_file()]
     if absent:
@@ -345,12 +352,15 @@ def _file_header(file: Path, metadata: dict[str, str]) -> dict[str, Entry]:
         # Opening has checked the header against the file's size; the positions of the data are only in its text.
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
+            header = untrusted.parse_json(stream.read(length))
         for name in names:
             info = header[name]
+            # A tensor of no bytes may be of any size on its other sides.
+            if max(info["shape"], default=0) >= 2**31 or len(info["shape"]) > _DIMENSIONS:
+                raise ValueError(f"{name} has shape {info['shape'][:_DIMENSIONS]}")
             entries[name] = Entry(file, tuple(info["shape"]), info["dtype"], 8 + length + info["data_offsets"][0])
         return entries
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not a complete safetensors file (cut short or damaged): {error}") from error
 
 
@@ -376,6 +386,9 @@ def _match(
     header = read_header(path)
     sources = _resolve(header, table or (), path)
     leaves = flatten(abstract_params)
+    blocks = max((leaf.shape[0] for name, leaf in leaves.items() if _prefix(name, stacked)), default=0)
+    if blocks > max(len(header.tensors), _BLOCKS):
+        raise UserError(f"{path}: found {len(header.tensors)} tensors, expected those of {blocks} blocks")
     stored = layout({n: s for name, leaf in leaves.items() for n, s in _published(name, leaf.shape, stacked)})
     _check(path, header, sources, stored)
     return stored, {tensor.name: header.tensors[sources[tensor.name][0]] for tensor in stored}

@@ -170,7 +170,8 @@ def write_lpips(folder: StrPath, vgg: Mapping[str, Any], lin: Mapping[str, Any])
 
         import torch
         from nabla_jax.checkpoints.transformers_folder import write_lpips
-        write_lpips("lpips-vgg16", torch.load("vgg16-397923af.pth"), torch.load("vgg.pth"))
+        vgg, lin = (torch.load(f, weights_only=True) for f in ("vgg16-397923af.pth", "vgg.pth"))
+        write_lpips("lpips-vgg16", vgg, lin)
 
     Args:
       folder: where ``config.json`` and ``model.safetensors`` (float32, no classifier) go.

@@ -22,7 +22,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from nabla_jax import runs
 from nabla_jax.data import unpack
@@ -31,6 +31,7 @@ from nabla_jax.data.problems import Problems
 from nabla_jax.data.tables import read_csv
 from nabla_jax.data.taxonomy import normalise_name
 from nabla_jax.errors import UserError
+from nabla_jax.untrusted import below
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -61,6 +62,13 @@ class Clip:
     rate: float | None  # frames per second of a frame sequence
     split: str
     values: dict[str, str]
+
+
+class _Frame(TypedDict):
+    """A row of the index of a video's frames."""
+
+    file: str
+    seconds: float
 
 
 def is_layout(root: Path) -> bool:
@@ -140,7 +148,7 @@ def _listed(root: Path, problems: Problems) -> list[Clip]:
     for line, values in read_csv(path, REQUIRED, problems, COLUMNS):
         before = len(problems.errors)
         clip = PurePosixPath(values["clip"])
-        if clip.is_absolute() or ".." in clip.parts:
+        if below(root, values["clip"]) is None:
             problems.error(path, line, f"clip {clip} leaves the folder", f"write the path below {root}")
         elif not (root / clip).exists():
             problems.error(path, line, f"found no clip {root / clip}", "copy it there, or correct the path")
@@ -225,7 +233,7 @@ def _video(root: Path, clip: Clip, gap: float) -> list[Path]:
             unpack.write(target / name, out.getvalue())
             yield {"file": name, "seconds": time}
 
-    return [folder / row["file"] for row in unpack.rows(folder, made_from, make)]
+    return [folder / row["file"] for row in unpack.rows(folder, made_from, make, _Frame, ("file",))]
 
 
 def decode(path: Path) -> Iterator[tuple[float, Callable[[], "PIL.Image.Image"]]]:

@@ -15,10 +15,12 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from nabla_jax.data.dataset import Dataset, Example, existing_control
 from nabla_jax.data.problems import Problems
+from nabla_jax.errors import UserError
+from nabla_jax.untrusted import below, check
 
 LISTS = {"train": ("train.json", "train_mini.json"), "test": ("val.json",)}
 RANKS = ("kingdom", "phylum", "class", "order", "family", "genus", "specific_epithet")
@@ -31,6 +33,12 @@ class _Category:
     id: int
     name: str
     taxonomy: tuple[str, ...]
+
+
+class _Image(TypedDict):
+    """What is read of every entry of ``images``, beside its id."""
+
+    file_name: str
 
 
 def is_layout(root: Path) -> bool:
@@ -77,6 +85,12 @@ def items(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     decoder = json.JSONDecoder()
 
+    def decode(place: int) -> tuple[Any, int]:
+        try:
+            return decoder.raw_decode(text, place)
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
+
     def skip(place: int) -> int:
         found = _SPACE.match(text, place)
         assert found is not None
@@ -87,7 +101,7 @@ def items(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ValueError("expected one object")
     place = skip(place + 1)
     while text[place : place + 1] != "}":
-        key, place = decoder.raw_decode(text, place)
+        key, place = decode(place)
         place = skip(place)
         if text[place : place + 1] != ":":
             raise ValueError(f"expected ':' at character {place}")
@@ -95,12 +109,12 @@ def items(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if text[place : place + 1] == "[":
             place = skip(place + 1)
             while text[place : place + 1] != "]":
-                item, place = decoder.raw_decode(text, place)
+                item, place = decode(place)
                 yield key, item
                 place = skip(place)
             place += 1
         else:
-            _, place = decoder.raw_decode(text, place)
+            _, place = decode(place)
         place = skip(place)
 
 
@@ -121,16 +135,23 @@ def _scan_list(
                 pictures.append(int(item["image_id"]))
                 labels.append(int(item["category_id"]))
             elif name == "licenses":
-                licences[item["id"]] = str(item.get("url") or item.get("name"))
+                licences[str(item["id"])] = str(item.get("url") or item.get("name"))
         classes = {p: c for p, c in zip(pictures, labels, strict=True) if c in categories}
         images = [item for name, item in items(text) if name == "images" and int(item["id"]) in classes]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for item in images:
+            check(item, _Image, "an entry of images")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, UserError) as error:
         what = f"no {error} in an entry" if isinstance(error, KeyError) else str(error)
         problems.error(path, None, f"not a list of iNaturalist 2021: {what}", "download the list again")
         return
-    found = {name: {*os.listdir(root / name)} for name in _parents(images) if (root / name).is_dir()}
+    inside = {name: below(root, f"{name}/x") for name in _parents(images)}
+    found = {n: {*os.listdir(path.parent)} for n, path in inside.items() if path is not None and path.parent.is_dir()}
     for item in images:
         folder, _, file = item["file_name"].rpartition("/")
+        if inside[folder] is None:
+            what = f"picture {item['file_name']} leaves the folder"
+            problems.error(path, None, what, "download the list again")
+            continue
         if file not in found.get(folder, ()):
             problems.error(
                 path, None, f"picture {item['file_name']} is missing", f"unpack it to {root / item['file_name']}"
@@ -144,7 +165,7 @@ def _scan_list(
                 path, None, f"picture {item['file_name']} is also {examples[id].image}", "delete one of them"
             )
             continue
-        licence = item.get("license")
+        licence = str(item["license"]) if item.get("license") is not None else None
         examples[id] = _example(
             root, id, image, split, category, licences.get(licence, licence), item.get("rights_holder")
         )

@@ -17,7 +17,7 @@ import datetime
 import os
 import re
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from nabla_jax import runs
@@ -27,10 +27,11 @@ from nabla_jax.data.problems import Problems
 from nabla_jax.data.tables import header_of, read_csv
 from nabla_jax.data.taxonomy import normalise_name, parse_path
 from nabla_jax.errors import UserError
+from nabla_jax.untrusted import below, is_file_name, whole_number
 
 LISTS = ("final_pairs.csv", "pairs.csv")
 COLUMNS = ("observation_id", "common_name", "relative_path", "image_1", "image_2")
-_POSITION = re.compile(r"photo_(\d+)$")
+_POSITION = re.compile(r"photo_([0-9]+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Row:
 
     def position(self, column: str) -> int | None:
         """n of a photo named photo_<n>, its place within the observation; None for one named by its own id."""
-        found = _POSITION.match(Path(self.values[column]).stem)
-        return int(found.group(1)) if found else None
+        found = _POSITION.fullmatch(Path(self.values[column]).stem)
+        return whole_number(found.group(1)) if found else None
 
     @property
     def species(self) -> str:
@@ -122,13 +123,14 @@ def scan_rows(path: Path, problems: Problems) -> list[Row]:
                 f"observed_on: found {values['observed_on']!r}, expected a date such as 2023-06-24 18:29:00",
                 "taken as unknown; write it like 2023-06-24 18:29:00",
             )
-        if PurePosixPath(values["relative_path"]).is_absolute() or ".." in PurePosixPath(values["relative_path"]).parts:
-            problems.error(
-                path,
-                line,
-                f"relative_path {values['relative_path']} leaves the folder",
-                "write it relative to the list",
-            )
+        for column in ("image_1", "image_2"):
+            if below(Path(), values["relative_path"]) is None:
+                what = f"relative_path {values['relative_path']} leaves the folder"
+                problems.error(path, line, what, "write it relative to the list")
+                break
+            if not is_file_name(values[column]):
+                what = f"{column}: found {values[column]!r}, expected the name of a file"
+                problems.error(path, line, what, "write the folder as relative_path")
         url = values.get("inat_url", "")
         if url and url.rstrip("/").rsplit("/", 1)[-1] != row.observation:
             problems.warn(
@@ -140,7 +142,8 @@ def scan_rows(path: Path, problems: Problems) -> list[Row]:
         count = values.get("photo_count", "")
         for column in ("image_1", "image_2"):
             place = row.position(column)
-            if place is not None and count.isdigit() and not 1 <= place <= int(count):
+            photos = whole_number(count)
+            if place is not None and photos is not None and not 1 <= place <= photos:
                 problems.warn(
                     path,
                     line,
@@ -188,7 +191,9 @@ def scan(root: Path, problems: Problems) -> Dataset:
             problems.error(path, row.line, found, "give a species one taxonomy")
             continue
         for column in ("image_1", "image_2"):
-            image = root / row.values["relative_path"] / row.values[column]
+            image = below(root, f"{row.values['relative_path']}/{row.values[column]}")
+            if image is None:
+                continue  # a problem of the row already
             if not image.is_file():
                 problems.error(
                     path, row.line, f"{column}: found no picture {image}", "python -m nabla_jax.fetch downloads it"

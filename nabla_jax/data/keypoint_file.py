@@ -18,6 +18,7 @@ from nabla_jax.data.dataset import Dataset
 from nabla_jax.data.problems import Problems
 from nabla_jax.data.skeleton import PARTS
 from nabla_jax.errors import UserError
+from nabla_jax.untrusted import parse_json
 
 FILE = "keypoints.json"
 
@@ -30,7 +31,7 @@ def read(path: Path) -> dict[str, Rows]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not JSON ({error})") from error
     if not isinstance(found, dict):
@@ -38,10 +39,14 @@ def read(path: Path) -> dict[str, Rows]:
     for id, rows in found.items():
         whole = isinstance(rows, list) and len(rows) == len(PARTS)
         if not whole or not all(
-            isinstance(row, list) and len(row) == 3 and all(type(value) is int for value in row) for row in rows
+            isinstance(row, list) and len(row) == 3 and all(_is_pixel(value) for value in row) for row in rows
         ):
             raise UserError(f"{path}: {id}: expected {len(PARTS)} rows of three integers, x y visible")
     return found
+
+
+def _is_pixel(value: Any) -> bool:
+    return type(value) is int and abs(value) < 2**31
 
 
 def write(path: Path, keypoints: Mapping[str, Rows]) -> None:

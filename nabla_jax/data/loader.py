@@ -13,15 +13,14 @@ import bisect
 import dataclasses
 import functools
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
-from nabla_jax import draws
+from nabla_jax import draws, untrusted
 from nabla_jax.data import pairs
 from nabla_jax.data.dataset import class_index
 from nabla_jax.data.pictures import CONTROL, REPAINT, Draw, Pictures
@@ -45,6 +44,36 @@ _AHEAD = 2
 # ------------------------------------------------------------------------------------------------------------
 # Prepared folders
 # ------------------------------------------------------------------------------------------------------------
+
+
+class _File(TypedDict):
+    file: str
+    bytes: int
+    sha256: str
+
+
+class _Shard(_File):
+    pictures: int
+    records: int
+
+
+class _Class(TypedDict):
+    taxonomy: list[str]
+
+
+class _Manifest(TypedDict):
+    """What is read of manifest.json; see ``Prepared``."""
+
+    settings: dict[str, Any]
+    made: str
+    roles: list[str]
+    features: int
+    shards: list[_Shard]
+    text: _File
+    ids: list[str]
+    class_ids: list[int]
+    captions: list[int]
+    classes: dict[str, _Class]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,15 +175,44 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The manifest of a prepared folder. Raises UserError when it is absent, damaged or of another schema."""
     path = Path(folder) / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = untrusted.parse_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file, expected the folder that prepare writes") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable JSON file ({error})") from error
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
-    if schema != SCHEMA:
-        raise UserError(f"{path}: schema: found {schema}, expected {SCHEMA}; delete the folder and prepare it again")
+    if type(schema) is not int or schema != SCHEMA:
+        found = str(schema)[:20]
+        raise UserError(f"{path}: schema: found {found}, expected {SCHEMA}; delete the folder and prepare it again")
+    untrusted.check(manifest, _Manifest, str(path))
+    if wrong := _disagreement(manifest):
+        raise UserError(f"{path}: {wrong}; delete the folder and prepare it again")
     return manifest
+
+
+def _disagreement(manifest: dict[str, Any]) -> str:
+    """What in a manifest does not fit the rest of it, or ''."""
+    shards, roles, pictures = manifest["shards"], manifest["roles"], len(manifest["ids"])
+    for file in [*shards, manifest["text"]]:
+        if not untrusted.is_file_name(file["file"]):
+            return f"file: found {file['file'][:100]!r}, expected the name of a file of the folder"
+    if len(set(roles)) != len(roles) or not roles or not shards:
+        return f"roles, shards: found {len(roles)} roles and {len(shards)} shards, expected distinct ones"
+    each = len(roles) + bool(manifest["features"])
+    for shard in shards:
+        if shard["pictures"] < 1 or shard["records"] != each * shard["pictures"]:
+            found = f"{shard['records']} records of {shard['pictures']} pictures"
+            return f"{shard['file']}: found {found}, expected {each} for each"
+    counts = {name: len(manifest[name]) for name in ("ids", "class_ids", "captions")}
+    counts["shards"] = sum(shard["pictures"] for shard in shards)
+    if set(counts.values()) != {pictures}:
+        return f"found other numbers of pictures in {', '.join(f'{k} ({v})' for k, v in counts.items())}"
+    if min(manifest["captions"]) < 0 or not 0 <= manifest["features"] < 2**20:
+        return "captions, features: found numbers out of range"
+    lacking = {str(c) for c in manifest["class_ids"]} ^ manifest["classes"].keys()
+    if lacking:
+        return f"classes: found other classes than those of class_ids, such as {min(lacking)[:20]!r}"
+    return ""
 
 
 def open_prepared(folder: str | os.PathLike[str]) -> Prepared:

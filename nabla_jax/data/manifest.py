@@ -22,6 +22,7 @@ from nabla_jax.data.dataset import Dataset, Example, existing_control
 from nabla_jax.data.problems import Problems
 from nabla_jax.data.tables import read_csv
 from nabla_jax.data.taxonomy import normalise_name, parse_path
+from nabla_jax.untrusted import below
 
 LIST = "manifest.csv"
 REQUIRED = ("image", "class")
@@ -110,8 +111,8 @@ def scan(root: Path, problems: Problems) -> Dataset:
 
 
 def _file(root: Path, name: str, column: str, path: Path, line: int, problems: Problems) -> Path | None:
-    file = root / name
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+    file = below(root, name)
+    if file is None:
         problems.error(path, line, f"{column}: {name} leaves the folder", f"write the path below {root}")
         return None
     if not file.is_file():
@@ -146,5 +147,8 @@ def _keypoints(
     except ValueError:
         found = f"keypoints: found {text!r}, expected 'x y visible' for each part"
         problems.error(path, line, found, "write three integers for each part, parts separated by ';'")
+        return None
+    if any(abs(number) >= 2**31 for point in points for number in point):
+        problems.error(path, line, f"keypoints: found {text!r}, expected pixels", "write the points' places in pixels")
         return None
     return np.array([(y, x, visible) for x, y, visible in points], np.int32)

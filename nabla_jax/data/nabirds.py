@@ -16,7 +16,6 @@ The first five are required. Lists may differ in order and length; a line is joi
 number.
 """
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
@@ -29,6 +28,7 @@ from nabla_jax.data.dataset import Dataset, Example
 from nabla_jax.data.problems import Problems
 from nabla_jax.data.taxonomy import Taxonomy, normalise_name
 from nabla_jax.errors import UserError
+from nabla_jax.untrusted import parse_json, whole_number
 
 REQUIRED = ("images.txt", "image_class_labels.txt", "classes.txt", "hierarchy.txt", "train_test_split.txt")
 _FORMAT = {
@@ -43,6 +43,8 @@ _FORMAT = {
     "parts.txt": "PART NAME",
     "part_locs.txt": "ID PART X Y VISIBLE",
 }
+
+_BEYOND = 2**31  # pixels, ids and flags are smaller; arrays hold them in 32 bits
 
 Array = np.ndarray[Any, Any]
 Table = dict[str, tuple[int, Any]]
@@ -127,11 +129,12 @@ def scan(root: Path, problems: Problems) -> Dataset:
         if class_id not in paths:
             continue
         folder = file.split("/", 1)[0]
-        if folder.isdigit() and int(folder) != class_id:
+        inside = whole_number(folder)
+        if inside is not None and inside != class_id:
             problems.warn(
                 root / "image_class_labels.txt",
                 labels[id][0],
-                f"picture {id} is of class {class_id}, but lies in the folder of class {int(folder)}",
+                f"picture {id} is of class {class_id}, but lies in the folder of class {inside}",
                 f"the class is taken to be {class_id}; move the picture or correct the line",
             )
         if file.endswith(".JPG"):
@@ -172,8 +175,8 @@ def read_captions(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        captions = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        captions = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not JSON ({error})") from error
     if not isinstance(captions, dict) or not all(isinstance(text, str) for text in captions.values()):
         raise UserError(f"{path}: expected one object of id: caption")
@@ -183,7 +186,7 @@ def read_captions(path: Path) -> dict[str, str]:
 def lines(path: Path) -> list[tuple[int, str]]:
     """(line number from 1, text) of the non-empty lines. Raises UserError when the file cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")  # a lone carriage return ends no line
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     return [numbered for numbered in enumerate(text.split("\n"), 1) if numbered[1].strip()]
@@ -195,13 +198,16 @@ def _text(words: list[str]) -> Any:
 
 def _integers(words: list[str]) -> Any:
     try:
-        return [int(word) for word in words]
+        values = [int(word) for word in words]
     except ValueError:
         # Lists converted by other tools hold 12.0 for 12; 12.5 is a mistake.
-        values = [float(word) for word in words]
-        if any(value != int(value) for value in values):
+        floats = [float(word) for word in words]
+        if any(value != int(value) for value in floats):
             raise
-        return [int(value) for value in values]
+        values = [int(value) for value in floats]
+    if any(abs(value) >= _BEYOND for value in values):
+        raise OverflowError
+    return values
 
 
 def _table(
@@ -263,8 +269,9 @@ def _taxonomy(root: Path, classes: Table, links: Table, problems: Problems) -> T
 
 def _class_id(word: str, path: Path, line: int, problems: Problems) -> int | None:
     try:
-        return int(word)
-    except ValueError:
+        (id,) = _integers([word])
+        return int(id)
+    except (ValueError, OverflowError):
         problems.error(path, line, f"class id {word!r}, expected an integer", f"write the line as {_FORMAT[path.name]}")
         return None
 
@@ -332,6 +339,8 @@ def _png(file: str) -> str:
 def _near(file: str, images: set[str]) -> str | None:
     """How to mend a name that differs from a file's in its suffix alone."""
     stem = PurePosixPath(file)
+    if not stem.name:
+        return None
     for suffix in (".jpg", ".JPG", ".jpeg", ".JPEG", ".png"):
         other = str(stem.with_suffix(suffix))
         if other != file and other in images:
@@ -397,8 +406,9 @@ def _part_names(path: Path, rows: Table, problems: Problems) -> dict[int, str]:
     """Part id -> name, ids ascending; empty without parts.txt."""
     found: dict[int, str] = {}
     for key, (line, name) in rows.items():
-        if key.isdigit():
-            found[int(key)] = name
+        number = whole_number(key)
+        if number is not None and number < _BEYOND:
+            found[number] = name
         else:
             problems.error(
                 path, line, f"part id {key!r}, expected an integer", f"write the line as {_FORMAT[path.name]}"
@@ -475,9 +485,12 @@ def _part_lines(path: Path, numbered: list[tuple[int, str]], index: Mapping[str,
     try:
         ids, part, x, y, visible = zip(*(line.split() for _, line in numbered), strict=True)
         columns = [[index[id] for id in ids], *(list(map(int, c)) for c in (part, y, x, visible))]
-        return np.array([*columns, [number for number, _ in numbered]], np.int64).T
-    except (ValueError, KeyError):
-        rows = []
+        table = np.array([*columns, [number for number, _ in numbered]], np.int64).T
+        if (np.abs(table[:, 1:5]) < _BEYOND).all():
+            return table
+    except (ValueError, KeyError, OverflowError):
+        pass
+    rows = []
     for number, line in numbered:
         key, *words = line.split()
         try:

@@ -17,6 +17,7 @@ from nabla_jax.data.problems import Problems
 from nabla_jax.data.tables import header_of, read_csv
 from nabla_jax.errors import UserError
 from nabla_jax.hashing import file_sha256
+from nabla_jax.untrusted import whole_number
 
 Kind = Literal["classes", "seen", "unseen"]
 
@@ -134,8 +135,9 @@ def _rows(path: Path, kind: Kind, problems: Problems) -> list[inaturalist.Row]:
             )
         for column in ("image_1", "image_2"):
             folder = PurePosixPath(values[column]).parent.name
-            if folder.isdigit() and values["class_id"].isdigit() and int(folder) != int(values["class_id"]):
-                found = f"class_id {values['class_id']}, but {column} lies in the folder of class {int(folder)}"
+            inside, stated = whole_number(folder), whole_number(values["class_id"])
+            if inside is not None and stated is not None and inside != stated:
+                found = f"class_id {values['class_id']}, but {column} lies in the folder of class {inside}"
                 problems.error(path, line, found, "correct the class or the picture")
     return rows
 
@@ -163,7 +165,7 @@ def _report(
     elif dataset is not None:
         _resolve(path, rows, dataset, problems)
         by_class = {e.class_id: e.species for e in dataset.examples}
-        classes = {int(row.values["class_id"]) for row in rows if row.values["class_id"].isdigit()}
+        classes = {whole_number(row.values["class_id"]) for row in rows}
         species = len({by_class[c] for c in classes if c in by_class})
     among: Named | None = None
     half: Named = ()

@@ -5,7 +5,6 @@ in both directions. Training pairs are drawn by index arithmetic: sample n of a 
 n) alone, so a stream can be cut over processes, resumed anywhere, and is never stored.
 """
 
-import csv
 import dataclasses
 import functools
 import hashlib
@@ -21,7 +20,10 @@ import numpy as np
 from nabla_jax.data import clips, inaturalist, manifest, nabirds
 from nabla_jax.data import taxonomy as tax
 from nabla_jax.data.dataset import Dataset, Example
+from nabla_jax.data.problems import Problems
+from nabla_jax.data.tables import read_csv
 from nabla_jax.errors import UserError
+from nabla_jax.untrusted import whole_number
 
 Array = np.ndarray[Any, Any]
 
@@ -119,27 +121,21 @@ def _listed_rows(root: Path, path: Path, dataset: Dataset) -> list[tuple[int, st
     columns = ("class_id", "image_1", "image_2") if nabirds.is_layout(root) else ("image_1", "image_2")
     if not path.is_file():
         raise UserError(f"{path}: no such file, expected a list of pairs with columns {','.join(columns)}")
-    numbered = list(nabirds.lines(path))
+    problems = Problems()
+    rows = read_csv(path, columns, problems)
+    problems.refuse()
     by_file = {e.image.relative_to(root).as_posix(): e for e in dataset.examples}
-    reader = csv.reader(text for _, text in numbered)
-    header = [name.strip() for name in next(reader, [])]
-    missing = [name for name in columns if name not in header]
-    if missing:
-        raise UserError(f"{path}:1: missing column {', '.join(missing)}")
     found = []
-    for index, words in enumerate(reader):
-        where = f"{path}:{numbered[index + 1][0]}"
-        if len(words) != len(header):
-            raise UserError(f"{where}: found {len(words)} fields, expected {len(header)}")
-        values = dict(zip(header, words, strict=True))
+    for index, (line, values) in enumerate(rows):
+        where = f"{path}:{line}"
         sides = []
         for column in ("image_1", "image_2"):
             # Lists write ./images/0295/…; PurePosixPath drops the leading dot.
-            example = by_file.get(PurePosixPath(values[column].strip()).as_posix())
+            example = by_file.get(PurePosixPath(values[column]).as_posix())
             if example is None:
                 raise UserError(f"{where}: {column}: {values[column]} is not in the lists of {root}")
-            stated = values.get("class_id", str(example.class_id)).strip()
-            if not stated.isdigit() or int(stated) != example.class_id:
+            stated = values.get("class_id", str(example.class_id))
+            if whole_number(stated) != example.class_id:
                 raise UserError(f"{where}: class_id {stated}, but {column} is of class {example.class_id}")
             sides.append(example.id)
         if sides[0] == sides[1]:

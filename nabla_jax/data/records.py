@@ -9,15 +9,17 @@ copies nothing.
 import bisect
 import itertools
 import json
+import math
 import os
 import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
+from nabla_jax import untrusted
 from nabla_jax.errors import UserError
 
 Array = np.ndarray[Any, Any]
@@ -26,6 +28,24 @@ MAGIC = b"NBLAREC\x02"
 OPTIONS = "group_size:1,uncompressed"  # one record a chunk: a random read touches nothing else
 _PREFIX = struct.Struct("<8sIII")
 _ALIGNMENT = 64
+
+
+_DTYPES = frozenset(
+    np.dtype(kind).newbyteorder("<").str
+    for kind in ("?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
+)
+_DIMENSIONS = 32  # of an array at most
+
+
+class _Entry(TypedDict):
+    dtype: str
+    shape: list[int]
+    offset: int
+
+
+class _Header(TypedDict):
+    meta: dict[str, Any]
+    arrays: dict[str, _Entry]
 
 
 class RecordError(ValueError):
@@ -76,13 +96,26 @@ def decode_record(data: bytes, *, payload: bool = True) -> tuple[dict[str, Any],
         raise RecordError("the header's checksum does not match")
     if payload and zlib.crc32(view[start:]) != payload_checksum:
         raise RecordError("the checksum does not match")
-    header = json.loads(data[_PREFIX.size : start])
-    arrays = {}
-    for name, entry in header["arrays"].items():
-        dtype, shape = np.dtype(entry["dtype"]), tuple(entry["shape"])
-        count = int(np.prod(shape, dtype=np.int64))
-        arrays[name] = np.frombuffer(data, dtype, count, start + entry["offset"]).reshape(shape)
-    return header["meta"], arrays
+    # A checksum shows what was damaged, not who wrote it: what the header says is looked at, too.
+    try:
+        header = untrusted.parse_json(data[_PREFIX.size : start])
+        untrusted.check(header, _Header, "header")
+        return header["meta"], {name: _view(data, start, name, entry) for name, entry in header["arrays"].items()}
+    except (ValueError, UserError) as error:
+        raise RecordError(str(error)) from error
+
+
+def _view(data: bytes, start: int, name: str, entry: "_Entry") -> Array:
+    """An array of the record, which must lie in it whole."""
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(f"array {name}: found dtype {entry['dtype'][:20]!r}, expected numbers")
+    dtype, shape = np.dtype(entry["dtype"]), tuple(entry["shape"])
+    if len(shape) > _DIMENSIONS or any(not 0 <= size < 2**31 for size in shape):
+        raise ValueError(f"array {name}: found shape {shape[:_DIMENSIONS]}")
+    count, offset = math.prod(shape), start + entry["offset"]
+    if entry["offset"] < 0 or offset + count * dtype.itemsize > len(data):
+        raise ValueError(f"array {name}: {count} values from byte {entry['offset']} on are not in the record")
+    return np.frombuffer(data[:0] if not count else data, dtype, count, offset if count else 0).reshape(shape)
 
 
 def write_shard(path: str | os.PathLike[str], records: Iterable[bytes]) -> int:

@@ -14,9 +14,9 @@ def header_of(path: Path) -> list[str]:
     """The column names in the first line; empty for a file that cannot be read as text."""
     try:
         found = lines(path)
-    except UserError:
+        return [name.strip() for name in next(csv.reader(text for _, text in found), [])]
+    except (UserError, csv.Error):
         return []
-    return [name.strip() for name in next(csv.reader(text for _, text in found), [])]
 
 
 def read_csv(
@@ -33,8 +33,19 @@ def read_csv(
     except UserError as error:
         problems.error(path, None, str(error).removeprefix(f"{path}: "), "save the list as UTF-8 text")
         return []
-    reader = csv.reader(text for _, text in numbered)
-    header = [name.strip() for name in next(reader, [])]
+    try:
+        # With its end, a line that a quoted field goes on from is not taken for a part of the next one.
+        reader = csv.reader(f"{text}\n" for _, text in numbered)
+        table = [(numbered[reader.line_num - 1][0], words) for words in reader]
+    except csv.Error as error:
+        line = numbered[min(reader.line_num, len(numbered)) - 1][0]
+        problems.error(path, line, f"not CSV ({error})", "quote fields, and end each line with a newline")
+        return []
+    header = [name.strip() for name in table[0][1]] if table else []
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        problems.error(path, 1, f"column {', '.join(twice)} occurs twice, expected once", "rename or delete one")
+        return []
     missing = [name for name in required if name not in header]
     if missing:
         found = f"missing column {', '.join(missing)}"
@@ -47,8 +58,7 @@ def read_csv(
     if missing:
         return []
     rows = []
-    for words in reader:
-        line = numbered[reader.line_num - 1][0]
+    for line, words in table[1:]:
         if len(words) != len(header):
             found = f"found {len(words)} fields, expected {len(header)}"
             problems.error(path, line, found, "quote fields that hold commas, and write one for each column")

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from nabla_jax import runs
 from nabla_jax.conditioning.geometry import clip_box
@@ -23,10 +23,42 @@ from nabla_jax.data.problems import Problems
 from nabla_jax.data.taxonomy import normalise_name
 from nabla_jax.errors import UserError
 from nabla_jax.images import picture_size
+from nabla_jax.untrusted import check, is_file_name, read_json
 
 INFO, FEATURES = "dataset_info.json", "features.json"
 _NUMBERED = re.compile(r"\d+\.(.+)$")  # CUB's folders: 001.Black_footed_Albatross
 _SPLITS = {"train": "train", "test": "test", "validation": "test", "val": "test"}
+
+
+class _Shards(TypedDict):
+    name: str
+    shardLengths: list[Any]
+
+
+class _Info(TypedDict):
+    """What is read of dataset_info.json, where it is there."""
+
+    name: str
+    fileFormat: str
+    splits: list[_Shards]
+
+
+class _Features(TypedDict):
+    features: dict[str, Any]
+
+
+class _FeaturesFile(TypedDict):
+    featuresDict: _Features
+
+
+class _Picture(TypedDict):
+    """A row of the index of unpacked pictures."""
+
+    id: str
+    image: str
+    class_id: int
+    class_name: str
+    split: Literal["train", "test"]
 
 
 def is_layout(root: Path) -> bool:
@@ -54,40 +86,44 @@ def scan(root: Path, problems: Problems) -> Dataset:
         problems.error(root, None, f"found versions {found}, expected one", "name the version's folder")
         return Dataset(root.name, root, ())
     folder = versions[0]
-    info = _json(folder / INFO, problems)
-    features = _json(folder / FEATURES, problems)
+    info = _json(folder / INFO, _Info, problems)
+    features = _json(folder / FEATURES, _FeaturesFile, problems)
     if info is None or features is None:
         return Dataset(root.name, root, ())
-    names = features.get("featuresDict", {}).get("features", {})
+    names = features["featuresDict"]["features"]
     missing = [name for name in ("image", "label") if name not in names]
     if missing:
         found = f"lacks the feature {', '.join(missing)}, has {', '.join(names) or 'none'}"
         problems.error(folder / FEATURES, None, found, "choose an image classification set")
-    if info.get("fileFormat") != "array_record":
+    if info["fileFormat"] != "array_record":
         problems.error(
             folder / INFO,
             None,
-            f"fileFormat: found {info.get('fileFormat', 'none')!r}, expected 'array_record'",
-            "prepare it again where TensorFlow is installed: "
-            f"tfds build {info.get('name', 'caltech_birds2011')} --file_format=array_record",
+            f"fileFormat: found {info['fileFormat']!r}, expected 'array_record'",
+            f"prepare it again where TensorFlow is installed: tfds build {info['name']} --file_format=array_record",
         )
-    lacking = [name for name in _shards(info) if not (folder / name).is_file()]
-    for name in lacking:
-        problems.error(folder / name, None, "no such shard", "copy the whole prepared folder")
+    for name in _shards(info):
+        if not is_file_name(name):
+            problems.error(folder / INFO, None, f"a shard is named {name[:100]!r}", "expected the name of a file")
+        elif not (folder / name).is_file():
+            problems.error(folder / name, None, "no such shard", "copy the whole prepared folder")
     if problems.errors:
         return Dataset(root.name, root, ())
     made_from = {
-        "name": info.get("name"),
+        "name": info["name"],
         "version": info.get("version"),
         "shards": {name: (folder / name).stat().st_size for name in _shards(info)},
     }
     try:
-        rows = unpack.rows(folder / unpack.FOLDER, made_from, lambda target: _unpack(folder, set(names), target))
+        place = folder / unpack.FOLDER
+        rows = unpack.rows(
+            place, made_from, lambda target: _unpack(folder, set(names), target), _Picture, ("image", "mask")
+        )
     except UserError as error:
         problems.error(folder, None, str(error), "make the folder writable and the shards whole")
         return Dataset(root.name, root, ())
     examples = tuple(_example(folder, row) for row in rows)
-    return Dataset(str(info.get("name", root.name)), folder, examples)
+    return Dataset(info["name"], folder, examples)
 
 
 def _versions(root: Path) -> list[Path]:
@@ -96,26 +132,27 @@ def _versions(root: Path) -> list[Path]:
     return sorted(f.parent for f in root.glob(f"*/{INFO}") if (f.parent / FEATURES).is_file())
 
 
-def _json(path: Path, problems: Problems) -> dict[str, Any] | None:
+def _json(path: Path, kind: Any, problems: Problems) -> dict[str, Any] | None:
     try:
-        found = runs.read_json(path)
+        found: dict[str, Any] = read_json(path)
+        check(found, kind, str(path))
     except UserError as error:
-        problems.error(path, None, str(error), "copy the whole prepared folder")
+        problems.error(path, None, str(error).removeprefix(f"{path}: "), "copy the whole prepared folder")
         return None
-    return found if isinstance(found, dict) else {}
+    return found
 
 
 def _shards(info: dict[str, Any]) -> list[str]:
     """File names of all shards, by the template that TFDS writes."""
     out = []
-    for split in info.get("splits", []):
-        lengths = split.get("shardLengths", [])
-        template = split.get("filepathTemplate", "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}")
+    for split in info["splits"]:
+        lengths = split["shardLengths"]
+        template = str(split.get("filepathTemplate", "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"))
         for number in range(len(lengths)):
             values = {
-                "DATASET": info.get("name", ""),
-                "SPLIT": split.get("name", ""),
-                "FILEFORMAT": info.get("fileFormat", ""),
+                "DATASET": info["name"],
+                "SPLIT": split["name"],
+                "FILEFORMAT": info["fileFormat"],
                 "SHARD_X_OF_Y": f"{number:05d}-of-{len(lengths):05d}",
             }
             name = template

@@ -65,7 +65,7 @@ def load(kind: str, folder: Path, device: str) -> Any:
     try:
         # The checkpoint's own precision; every one of these is float32 or bfloat16.
         model, info = getattr(transformers, kind).from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, dtype="auto"
+            folder, local_files_only=True, output_loading_info=True, dtype="auto", use_safetensors=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder}: cannot be loaded as {kind}: {' '.join(str(error).split())[:300]}") from error

@@ -4,6 +4,8 @@ import functools
 import shlex
 import subprocess
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -99,9 +101,9 @@ def _read_npz(folder: Path, count: int) -> Array:
     if len(files) != 1:
         raise UserError(f"extract.clip_depth: found {len(files)} .npz files in {{output}}, expected one")
     try:
-        with np.load(files[0]) as archive:
+        with np.load(files[0], allow_pickle=False) as archive:
             depths: Array = archive["depths"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"extract.clip_depth: {files[0].name}: found no array 'depths' ({error})") from error
     if depths.ndim != 3 or len(depths) != count:
         raise UserError(f"extract.clip_depth: depths has shape {depths.shape}, expected [{count}, height, width]")

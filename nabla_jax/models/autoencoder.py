@@ -18,8 +18,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from nabla_jax.errors import UserError
-from nabla_jax.models.config_file import read_config
+from nabla_jax.models.config_file import check_types, read_config
 from nabla_jax.models.layers import Conv2d, GroupNorm, Linear, convolve_nhwc
+from nabla_jax.untrusted import check
 
 LOGVAR_RANGE = (-30.0, 20.0)
 NORM_EPS = 1e-6
@@ -77,6 +78,7 @@ class AutoencoderKLConfig:
             if raw.get(key, value) != value:
                 raise UserError(f"{where}: field {key}: found {raw[key]!r}, expected {value!r}")
         for key, name in _BLOCK_TYPES.items():
+            check(raw.get(key, []), list[str], where, key)
             others = [x for x in raw.get(key, ()) if x != name]
             if others:
                 raise UserError(f"{where}: field {key}: found {others[0]!r}, expected {name!r}")
@@ -85,6 +87,7 @@ class AutoencoderKLConfig:
         missing = [k for k in ("block_out_channels", "scaling_factor", "shift_factor") if values.get(k) is None]
         if missing:
             raise UserError(f"{where}: field {missing[0]}: missing, expected a value")
+        check_types(where, cls, raw)
         defaults = {
             "layers_per_block": 1,
             "latent_channels": 4,

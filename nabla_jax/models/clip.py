@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from nabla_jax.errors import UserError
-from nabla_jax.models.config_file import read_config
+from nabla_jax.models.config_file import check_types, read_config
 from nabla_jax.models.layers import Embedding, LayerNorm, Linear
 
 # Older files carry the positions 0..T-1 as a buffer; newer libraries leave the prefix out.
@@ -55,6 +55,7 @@ class CLIPTextConfig:
         missing = sorted(key for key in fields if key not in raw and key not in _OPTIONAL)
         if missing:
             raise UserError(f"{where}: missing keys: {', '.join(missing)}")
+        check_types(where, cls, raw)
         config = cls(**{key: raw[key] for key in fields if key in raw})
         if config.hidden_size % config.num_attention_heads:
             raise UserError(

@@ -1,11 +1,16 @@
 """Reading the published ``config.json`` of a model."""
 
-import json
+import math
+import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from nabla_jax.errors import UserError
+from nabla_jax.untrusted import check, parse_json
+
+_MOST, _MOST_BLOCKS = 2**20, 1024
+_MAY_BE_ZERO = frozenset(("num_layers", "num_single_layers", "bos_token_id", "eos_token_id"))
 
 
 def read_config(source: str | Path | dict[str, Any], name: str) -> tuple[str, dict[str, Any]]:
@@ -17,10 +22,10 @@ def read_config(source: str | Path | dict[str, Any], name: str) -> tuple[str, di
         return name, source
     path = Path(source)
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{path}: file not found") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: found {type(content).__name__}, expected a JSON object")
@@ -54,6 +59,25 @@ def known_fields(
     if missing:
         raise UserError(f"{where}: missing keys: {', '.join(missing)}")
     return {key: raw[key] for key in names if key in raw}
+
+
+def check_types(where: str, kind: Any, raw: Mapping[str, Any]) -> None:
+    """Raises UserError unless the entries that the dataclass ``kind`` has fields for are of the fields' types.
+
+    Numbers must be finite, whole ones those of a network that somebody could have: a file of a few bytes must not ask
+    for all memory.
+    """
+    for name, annotation in typing.get_type_hints(kind).items():
+        if name not in raw:
+            continue
+        check(raw[name], annotation, where, name)
+        least = 0 if name in _MAY_BE_ZERO else 1
+        most = _MOST_BLOCKS if name.endswith(("layers", "blocks", "per_block")) else _MOST
+        for value in raw[name] if isinstance(raw[name], list) else (raw[name],):
+            if type(value) is int and not least <= value <= most:
+                raise UserError(f"{where}: {name}: found {value}, expected {least} to {most}")
+            if type(value) is float and not math.isfinite(value):
+                raise UserError(f"{where}: {name}: found {value}, expected a finite number")
 
 
 def check_sizes(where: str, **sizes: int) -> None:

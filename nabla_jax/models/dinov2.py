@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from nabla_jax.models import layers
-from nabla_jax.models.config_file import check_sizes, known_fields, read_config
+from nabla_jax.models.config_file import check_sizes, check_types, known_fields, read_config
 from nabla_jax.models.layers import Conv2d, LayerNorm, Linear
 from nabla_jax.models.vision import MLP, ImageFeatures, attend_heads, embed_patches, gelu, resize_positions
 
@@ -77,6 +77,7 @@ class Dinov2Config:
         fields = [field.name for field in dataclasses.fields(cls)]
         # The library's own default picture size is 224, not the published models' 518.
         required = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+        check_types(where, cls, raw)
         config = cls(**known_fields(where, raw, fields, required=required, fixed=_FIXED))
         config.check(where)
         return config

@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from nabla_jax.errors import UserError
 from nabla_jax.models import layers, partitioning
 from nabla_jax.models.attention import Implementation, attend
-from nabla_jax.models.config_file import read_config
+from nabla_jax.models.config_file import check_types, read_config
 from nabla_jax.models.layers import Linear, RMSNorm, layer_norm
 from nabla_jax.models.lora import Adapter, Adapters
 from nabla_jax.models.partitioning import BATCH
@@ -98,6 +98,7 @@ class FluxConfig:
         unknown = sorted(k for k in raw if not k.startswith("_") and k not in fields)
         if unknown:
             raise UserError(f"{where}: unknown keys {', '.join(unknown)}; expected {', '.join(sorted(fields))}")
+        check_types(where, cls, raw)
         known = {k: v for k, v in raw.items() if k in fields}
         if "axes_dims_rope" in known:
             known["axes_dims_rope"] = tuple(known["axes_dims_rope"])

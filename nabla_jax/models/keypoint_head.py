@@ -22,7 +22,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from nabla_jax.errors import UserError
-from nabla_jax.models.config_file import check_counts, known_fields, read_config
+from nabla_jax.models.config_file import check_counts, check_types, known_fields, read_config
 from nabla_jax.models.layers import Conv2d, LayerNorm, Linear
 from nabla_jax.models.vision import MLP, embed_patches, gelu
 
@@ -73,8 +73,7 @@ class KeypointHeadConfig:
         where, raw = read_config(source, "keypoint head config")
         names = [field.name for field in dataclasses.fields(cls)]
         values = known_fields(where, raw, names, required=[*_FIXED, *names], fixed=_FIXED)
-        if not isinstance(values["parts"], list) or not all(isinstance(part, str) for part in values["parts"]):
-            raise UserError(f"{where}: parts: found {values['parts']!r}, expected a list of names")
+        check_types(where, cls, raw)
         config = cls(**{**values, "parts": tuple(values["parts"])})
         config.check(where)
         return config

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from nabla_jax.errors import UserError
-from nabla_jax.models.config_file import check_counts, known_fields, read_config
+from nabla_jax.models.config_file import check_counts, check_types, known_fields, read_config
 from nabla_jax.models.layers import Linear
 from nabla_jax.models.siglip import SiglipVision, SiglipVisionConfig
 
@@ -32,6 +32,7 @@ class ReduxEmbedderConfig:
         """Reads a published config.json (path or its dict). Raises UserError for another architecture."""
         where, raw = read_config(source, "Redux embedder config")
         fields = [field.name for field in dataclasses.fields(cls)]
+        check_types(where, cls, raw)
         config = cls(**known_fields(where, raw, fields, fixed={"_class_name": "ReduxImageEncoder"}))
         check_counts(where, **dataclasses.asdict(config))
         return config

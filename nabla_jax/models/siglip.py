@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from nabla_jax.errors import UserError
 from nabla_jax.models import layers
-from nabla_jax.models.config_file import check_sizes, known_fields, read_config
+from nabla_jax.models.config_file import check_sizes, check_types, known_fields, read_config
 from nabla_jax.models.layers import Conv2d, Embedding, LayerNorm, Linear
 from nabla_jax.models.vision import MLP, ImageFeatures, attend_heads, embed_patches, gelu_tanh, resize_positions
 
@@ -90,6 +90,7 @@ class SiglipVisionConfig:
                 raise UserError(f"{where}: found {vision!r}, expected a JSON object")
             raw = vision
         fields = [field.name for field in dataclasses.fields(cls)]
+        check_types(where, cls, raw)
         config = cls(**known_fields(where, raw, fields, fixed=_FIXED))
         config.check(where)
         return config

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from nabla_jax.errors import UserError
-from nabla_jax.models.config_file import read_config
+from nabla_jax.models.config_file import check_types, read_config
 from nabla_jax.models.layers import Embedding, Linear, RMSNorm
 
 # The embedding is stored under either name or both.
@@ -54,6 +54,7 @@ class T5Config:
         missing = [key for key in (*fields, "feed_forward_proj") if key not in raw and key not in _OPTIONAL]
         if missing:
             raise UserError(f"{where}: missing keys: {', '.join(missing)}")
+        check_types(where, cls, raw)
         return cls(**{key: raw[key] for key in fields if key in raw})
 
     def to_json(self) -> dict[str, Any]:

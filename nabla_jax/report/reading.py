@@ -6,9 +6,9 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from nabla_jax import runs
+from nabla_jax import runs, untrusted
 from nabla_jax.errors import UserError
 from nabla_jax.metrics import summary
 from nabla_jax.metrics.summary import PairScore
@@ -16,6 +16,77 @@ from nabla_jax.report.published import COLUMNS
 
 Rows = list[dict[str, Any]]
 FILES = ("summary.json", "summary.md", "comparisons.json", "breakdown.json", "regressions.json", "evaluation.json")
+
+
+class _Benchmark(TypedDict):
+    name: str
+    root: str
+    list: str | None
+    pairs: int
+    classes: int
+    excluded: dict[str, str]
+    duplicates: int
+    fingerprint: str
+    oracle: dict[str, Any] | None
+
+
+class _Set(TypedDict):
+    model: str
+    benchmark: str
+    pictures: int
+    shuffled: int
+    fingerprint: str
+    files: dict[str, str]
+
+
+class _About(TypedDict):
+    """What is read of evaluation.json."""
+
+    nabla_jax: str
+    version: int
+    seed: int
+    references: list[str]
+    benchmarks: list[_Benchmark]
+    sets: list[_Set]
+
+
+class _Interval(TypedDict):
+    mean: float | None
+    low: float | None
+    high: float | None
+    n: int
+    clusters: int
+    method: str
+    reason: str
+
+
+class _Row(_Interval):
+    model: str
+    benchmark: str
+    metric: str
+
+
+class _Comparison(_Row):
+    baseline: str
+    relative: float | None
+    p: float
+    p_holm: float
+
+
+class _Part(_Row):
+    group: str
+    value: str
+
+
+class _Regression(TypedDict):
+    x: str
+    y: str
+    metric: str
+    models: list[str]
+    slope: _Interval | None
+    intercept: _Interval | None
+    r2: _Interval | None
+    reason: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,13 +216,20 @@ def read(folders: Mapping[str, Path]) -> Results:
 
 
 def _read_one(folder: Path) -> _Evaluation:
-    about = runs.read_json(folder / "evaluation.json")
-    rows, comparisons, breakdown = (
-        runs.read_json(folder / f"{name}.json") for name in ("summary", "comparisons", "breakdown")
-    )
-    for name in [b["name"] for b in about["benchmarks"]] + list(_kinds(about)):
-        if "/" in name or "\\" in name or name in ("", ".", ".."):
+    about = _checked(folder / "evaluation.json", _About)
+    kinds = {"summary": _Row, "comparisons": _Comparison, "breakdown": _Part}
+    rows, comparisons, breakdown = (_checked(folder / f"{n}.json", list[kind]) for n, kind in kinds.items())
+    benchmarks, models = {b["name"] for b in about["benchmarks"]}, _kinds(about)
+    fingerprints = [b["fingerprint"] for b in about["benchmarks"]]
+    for name in [*benchmarks, *models, *fingerprints]:
+        if not untrusted.is_file_name(name):
             raise UserError(f"{folder / 'evaluation.json'}: found the name {name!r}, expected one without a path")
+    for file, found in (("evaluation", about["sets"]), *zip(kinds, (rows, comparisons, breakdown), strict=True)):
+        for row in found:
+            named = {row["model"], row.get("baseline", row["model"])}
+            if row["benchmark"] not in benchmarks or not named <= models.keys():
+                which = f"{row['model'][:100]} on {row['benchmark'][:100]}"
+                raise UserError(f"{folder / file}.json: {which} is not in evaluation.json: evaluate again")
     scores = {}
     for benchmark in about["benchmarks"]:
         for model in _kinds(about):
@@ -159,8 +237,17 @@ def _read_one(folder: Path) -> _Evaluation:
             if path.is_file():
                 scores[benchmark["name"], model] = summary.from_csv(path)
     path = folder / "regressions.json"  # evaluations of one benchmark have none
-    regressions = runs.read_json(path) if path.is_file() else []
+    regressions = _checked(path, list[_Regression]) if path.is_file() else []
     return _Evaluation(folder, about, rows, comparisons, breakdown, regressions, scores)
+
+
+def _checked(path: Path, kind: Any) -> Any:
+    found = runs.read_json(path)
+    try:
+        untrusted.check(found, kind, str(path))
+    except UserError as error:
+        raise UserError(f"{error}; evaluate again") from error
+    return found
 
 
 def _kinds(about: Mapping[str, Any]) -> dict[str, str]:

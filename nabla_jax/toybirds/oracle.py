@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from nabla_jax.toybirds.render import Render, render
 from nabla_jax.toybirds.rng import generator, order, pick
 from nabla_jax.toybirds.scene import Scene
 from nabla_jax.toybirds.world import Picture, Settings, scene_of
+from nabla_jax.untrusted import check, parse_json
 
 _SIBLING_INDIVIDUAL = 0  # pictures of the world show individuals from 1 on
 
@@ -35,9 +36,10 @@ class Oracle:
         if not path.is_file():
             raise UserError(f"{path}: not found; expected a folder written by python -m nabla_jax.toybirds")
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            found = parse_json(path.read_bytes())
+        except (OSError, ValueError) as error:
             raise UserError(f"{path}: not valid JSON ({error})") from error
+        check(found, dict[str, Any], str(path))
         for name, expected in (("world", plan.WORLD), ("version", plan.VERSION)):
             if found.get(name) != expected:
                 raise UserError(
@@ -48,6 +50,9 @@ class Oracle:
         missing = [name for name in (*fields, "dataset", "images") if name not in found]
         if missing:
             raise UserError(f"{path}: missing fields {', '.join(missing)}")
+        kinds = {**typing.get_type_hints(Settings), "dataset": str, "images": dict[str, dict[str, Any]]}
+        for name, kind in kinds.items():
+            check(found[name], kind, str(path), name)
         self.path = path
         self.settings = Settings(**{name: found[name] for name in fields})
         self._dataset: str = found["dataset"]
