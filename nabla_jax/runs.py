@@ -412,6 +412,7 @@ def environment() -> dict[str, Any]:
         "nabla_jax",
         "jax",
         "jaxlib",
+        "libtpu",
         "flax",
         "optax",
         "orbax-checkpoint",
