@@ -34,6 +34,7 @@ CONTINUABLE = frozenset(
         "source",
         "preview",
         "base.obtain",
+        "base.attention",
         "data.obtain",
         "data.threads",
         "data.workers",
