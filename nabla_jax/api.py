@@ -34,6 +34,7 @@ from nabla_jax.diptychs import DiptychEncoder
 from nabla_jax.errors import UserError
 from nabla_jax.hashing import file_sha256
 from nabla_jax.models import flux, layers
+from nabla_jax.models.attention import Implementation, choose
 from nabla_jax.models.autoencoder import unscale
 from nabla_jax.parallel import mesh as meshes
 from nabla_jax.parallel import rules
@@ -385,6 +386,7 @@ def load(
     dtype: str | None = None,
     redux: str | os.PathLike[str] | None = None,
     quantise: str | None = None,
+    attention: str = "auto",
     mesh: MeshSizes | None = None,
 ) -> Reposer:
     """Loads a base and, on it, an adapter.
@@ -403,6 +405,7 @@ def load(
       redux: the FLUX.1-Redux folder of method insert, or ``asset:NAME``; default from the adapter's metadata.
       quantise: none, int8, fp8 or nf4: how the weights of the transformer's blocks are kept; default from the
         adapter's metadata. An adapter may be used on another one than it was trained on.
+      attention: the transformer's attention kernel, as ``base.attention`` of a configuration.
       mesh: how this process's devices are arranged; default: each has the whole base and a part of every batch.
 
     Raises UserError when something is missing, the adapter belongs to another base, or the cache is asked for with an
@@ -444,7 +447,9 @@ def load(
 
     # Each of several processes draws pictures of its own.
     devices = meshes.make_mesh(dataclasses.asdict(mesh or MeshSizes()), jax.local_devices())
-    rules.check_heads(pipeline.transformer_config(folder).num_attention_heads, devices, folder)
+    model = pipeline.transformer_config(folder)
+    rules.check_heads(model.num_attention_heads, devices, folder)
+    kernel = choose(attention, model.attention_head_dim)
     sharding = meshes.replicated(devices)
     place = functools.partial(rules.shardings, mesh=devices)
     vae = pipeline.load_vae(folder, sharding=sharding)
@@ -475,6 +480,7 @@ def load(
         conditioning,
         name,
         dtype,
+        attention=kernel,
         control_adapter=control_name,
         kontext=pipeline.is_kontext(folder),
     )
@@ -510,6 +516,7 @@ def make_method(
     dtype: str,
     remat: flux.Remat = "none",
     *,
+    attention: Implementation = "auto",
     control_adapter: str | None = None,
     kontext: bool = True,
 ) -> reposing.Method:
@@ -522,6 +529,7 @@ def make_method(
         guidance_embeds=transformer.config.guidance_embeds,
         dtype=dtype,
         remat=remat,
+        attention=attention,
         control_adapter=control_adapter,
         kontext=kontext,
         name=method_name(conditioning),

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import importlib.util
 import math
+import re
 import sys
 import types
 import typing
@@ -30,6 +31,9 @@ class Base:
     obtain: str = ""  # told to a user who does not have it
     redux: str = ""  # a FLUX.1-Redux folder, or asset:NAME; only method insert reads it
     quantise: str = "none"  # or int8, fp8, nf4: how the weights of the transformer's blocks are kept in memory
+    # The transformer's attention kernel: xla, chunked, cudnn (NVIDIA), splash (TPU), splash:QUERIESxKEYS with the most
+    # tokens of a block; auto: the platform's.
+    attention: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,6 +249,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "data.source": ("auto", "manifest", "nabirds", "inaturalist", "tfds", "inat21", "clips"),
     "data.mode": ("precomputed", "on_the_fly"),
 }
+
+
+_ATTENTION = re.compile(r"auto|xla|chunked|cudnn|splash(:[1-9]\d*x[1-9]\d*)?")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -548,6 +555,11 @@ def _check_ranges(config: Config, where: str) -> None:
     for key in positive.split():
         if not flat[key] > 0:
             raise UserError(f"{where}: {key}: found {flat[key]!r}, expected more than 0")
+    if not _ATTENTION.fullmatch(config.base.attention):
+        raise UserError(
+            f"{where}: base.attention: found {config.base.attention!r}, expected one of auto, xla, chunked, cudnn, "
+            "splash or splash:QUERIESxKEYS, two multiples of 128"
+        )
     for control in config.data.controls:
         if control not in _CHOICES["conditioning.control"]:
             known = ", ".join(_CHOICES["conditioning.control"])

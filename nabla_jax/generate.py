@@ -101,6 +101,7 @@ def _load(config: configs.Config, adapter: str, control_adapter: str | None) -> 
         dtype=config.train.dtype,
         redux=config.base.redux or None,
         quantise=config.base.quantise,
+        attention=config.base.attention,
         mesh=config.mesh,
     )
 

@@ -20,6 +20,7 @@ from nabla_jax import draws, flow
 from nabla_jax.conditioning import diptych, omini
 from nabla_jax.errors import UserError
 from nabla_jax.models import flux, layers
+from nabla_jax.models.attention import Implementation
 from nabla_jax.models.autoencoder import AutoencoderKLConfig, sample_latents
 from nabla_jax.models.lora import Adapter
 
@@ -47,6 +48,7 @@ class Method:
       guidance_embeds: whether the transformer takes a guidance scale.
       dtype: of matrix products.
       remat: what the backward pass keeps.
+      attention: the kernel.
     """
 
     transformer: "nnx.GraphDef[flux.Flux]"
@@ -56,6 +58,7 @@ class Method:
     guidance_embeds: bool
     dtype: str = "float32"
     remat: flux.Remat = "none"
+    attention: Implementation = "auto"
     control_adapter: str | None = None
     kontext: bool = True
     name: Name = "omini"
@@ -132,7 +135,10 @@ def predict(
             independent=method.independent,
         )
     model = layers.bind(method.transformer, base)
-    found = model(branches, adapters=adapters, memory=memory, dtype=jnp.dtype(method.dtype), remat=method.remat)
+    found = model(
+        branches, adapters=adapters, memory=memory, dtype=jnp.dtype(method.dtype), implementation=method.attention,
+        remat=method.remat,
+    )  # fmt: skip
     # References in the noise's own stream have a velocity too, which belongs to nothing that is drawn.
     return found[:, : noisy.shape[1]] if method.name == "native" else found
 
@@ -156,7 +162,7 @@ def remember(
         )
     alone = omini.alone(conditions, pooled, guidance_embeds=method.guidance_embeds)
     model = layers.bind(method.transformer, base)
-    return model.remember(alone, adapters=adapters, dtype=jnp.dtype(method.dtype))
+    return model.remember(alone, adapters=adapters, dtype=jnp.dtype(method.dtype), implementation=method.attention)
 
 
 def condition_tokens(

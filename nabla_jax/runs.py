@@ -35,6 +35,7 @@ CONTINUABLE = frozenset(
         "source",
         "preview",
         "base.obtain",
+        "base.attention",
         "data.obtain",
         "data.threads",
         "data.workers",

@@ -24,7 +24,7 @@ from nabla_jax.diptychs import DiptychEncoder
 from nabla_jax.errors import UserError
 from nabla_jax.hashing import file_sha256
 from nabla_jax.images import write_image
-from nabla_jax.models import flux, layers, lora
+from nabla_jax.models import attention, flux, layers, lora
 from nabla_jax.models.autoencoder import AutoencoderKLConfig
 from nabla_jax.models.lora import Adapter
 from nabla_jax.parallel import mesh as meshes
@@ -40,10 +40,13 @@ BATCH_KEYS = ("target", "subject", "control", "mask", "prompt_embeds", "pooled",
 def load_method(config: Config, mesh: Mesh) -> tuple[reposing.Method, layers.Params]:
     """The frozen transformer on the mesh and the static part of its forward pass.
 
-    Raises UserError for weights that do not fit their configuration, or heads that do not fit the mesh.
+    Raises UserError for weights that do not fit their configuration, heads that do not fit the mesh, and an attention
+    kernel that cannot run here.
     """
     folder = resolve_base(config)
-    rules.check_heads(pipeline.transformer_config(folder).num_attention_heads, mesh, folder)
+    model = pipeline.transformer_config(folder)
+    rules.check_heads(model.num_attention_heads, mesh, folder)
+    kernel = attention.choose(config.base.attention, model.attention_head_dim)
     place = functools.partial(rules.shardings, mesh=mesh)
     transformer = pipeline.load_transformer(
         folder, dtype=jnp.dtype(config.train.dtype), sharding=place, quantise=config.base.quantise
@@ -56,6 +59,7 @@ def load_method(config: Config, mesh: Mesh) -> tuple[reposing.Method, layers.Par
         config.lora.name,
         config.train.dtype,
         _remat(config),
+        attention=kernel,
         kontext=pipeline.is_kontext(folder),
     )
     return method, transformer.params

@@ -17,11 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from nabla_jax.errors import UserError
-from nabla_jax.models import layers, partitioning
+from nabla_jax.models import attention, layers, partitioning
 from nabla_jax.models.attention import Implementation, attend
 from nabla_jax.models.config_file import check_types, read_config
 from nabla_jax.models.layers import Linear, RMSNorm, layer_norm
@@ -378,7 +377,7 @@ def _joint_attention(
         mixed = mixed.reshape(*mixed.shape[:2], -1)
         bounds = np.cumsum([layout.lengths[i] for i in queries])[:-1]
         for i, part in zip(queries, jnp.split(mixed, bounds, axis=1), strict=True):
-            out[i] = checkpoint_name(part, "attention")
+            out[i] = part
     return [x for x in out if x is not None]
 
 
@@ -552,11 +551,12 @@ def _remat(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     if remat == "full":
         return jax.checkpoint(body)
     if remat == "save_attention":
-        return jax.checkpoint(body, policy=policies.save_only_these_names("attention"))
+        named = policies.save_only_these_names(attention.KEPT)
+        return jax.checkpoint(body, policy=policies.save_from_both_policies(named, attention.is_kernel))
     if remat == "offload":
         policy = policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
-            names_which_can_be_offloaded=["attention"],
+            names_which_can_be_offloaded=[attention.KEPT, attention.CUDNN],
             offload_src="device",
             offload_dst="pinned_host",
         )

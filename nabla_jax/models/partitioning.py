@@ -79,4 +79,5 @@ def attend_locally(attend: Attend, q: jax.Array, k: jax.Array, v: jax.Array, val
         q = jnp.pad(q, ((0, 0), (0, missing), (0, 0), (0, 0)))
     queries, keys = spec(mesh, BATCH, SEQUENCE, TENSOR, None), spec(mesh, BATCH, None, TENSOR, None)
     cut = (queries, keys, keys, None if valid is None else spec(mesh, BATCH, None))
-    return jax.shard_map(attend, in_specs=cut, out_specs=queries)(q, k, v, valid)[:, :length]
+    # Nothing is checked: kernels do not say over which axes their results differ.
+    return jax.shard_map(attend, in_specs=cut, out_specs=queries, check_vma=False)(q, k, v, valid)[:, :length]

@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh
 from nabla_jax import training
 from nabla_jax.config import Config
 from nabla_jax.errors import UserError
+from nabla_jax.models import attention
 from nabla_jax.models.partitioning import AXES
 from nabla_jax.parallel import rules
 from nabla_jax.parallel.mesh import batched, make_mesh
@@ -72,7 +73,11 @@ def compile_step(config: Config, found: Networks, topology: Topology, shape: Mes
         _placed(batch, jax.tree.map(lambda _: batched(mesh), batch)),
         _placed(found.frozen, rules.shardings(found.frozen, mesh)),
     ]
-    step: Any = training.make_step(found.method, found.optimizer, config, state)
+    method = found.method
+    if topology.device.kind == "tpu":
+        kernel = attention.ahead(config.base.attention, found.architecture.transformer.attention_head_dim)
+        method = dataclasses.replace(method, attention=kernel)
+    step: Any = training.make_step(method, found.optimizer, config, state)
     start = time.perf_counter()
     with jax.set_mesh(mesh):
         lowered = step.lower(*arguments)

@@ -177,15 +177,15 @@ def training(work: Work, remat: Remat, kernel: Kernel = "flash") -> Training:
 
     Of a block that is not kept, everything is computed again that its gradient reads: not a closing linear, nor, with
     ``save_attention`` and ``offload``, attention. In any case a kernel that keeps no scores makes them again, half of
-    its forward pass; and one of the platform's runs as a whole, since what else it hands to its own backward pass has
-    no name to be kept by.
+    its forward pass; and one of the platform's runs as a whole, for what else it hands to its own backward pass,
+    except with ``save_attention``, which keeps that too (so does ``offload`` of a TPU's).
     """
     backward = work.linear + 2 * work.attention + 2 * work.adapter + work.output
     if remat == "none":
         return Training(work.total, backward, 0.0 if kernel == "xla" else 0.5 * work.attention)
     read = work.attention - work.closing_attention if remat == "full" else 0.0
     attention = {
-        "flash": 1.5 * work.attention,
+        "flash": (0.5 if remat == "save_attention" else 1.5) * work.attention,
         "blocked": 0.5 * work.attention + read,
         "xla": 0.5 * work.attention + 0.5 * read,
     }
