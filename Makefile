@@ -4,6 +4,7 @@
 # make test  — every test but those of the browser; both install what they need into .venv first
 # make test-browser — the report and the page of pairs in a headless Chromium, which apt-get installs where there is none
 # make fuzz  — a hundred thousand damaged inputs to every reader of outside files; minutes (docs/trust.md)
+# make bench-gpu  — the table of targets on a GPU, and PyTorch beside it (docs/performance.md)
 # make plan-tpu — the TPU compiler in .venv-tpu, which needs no TPU: python -m nabla_jax.plan then asks it (docs/plan.md)
 #
 # PYTHON=python3.12    another interpreter (3.11 or newer)
@@ -15,7 +16,7 @@ WORLD_SEED ?= 0
 TORCH_INDEX ?=
 BIN := .venv/bin
 
-.PHONY: install demo toy-table toy-assets test test-browser fuzz lint types bench plan-tpu clean
+.PHONY: install demo toy-table toy-assets test test-browser fuzz lint types bench plan-tpu bench-gpu clean
 
 install: .venv/installed
 
@@ -57,6 +58,11 @@ types: install
 bench: install
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.loader
+	$(BIN)/python -m benchmarks.against_torch --size toy
+
+bench-gpu: install
+	$(BIN)/python -m benchmarks.gpu --profile runs/bench-gpu
+	$(BIN)/python -m benchmarks.against_torch --size shallow --device cuda --dtype bfloat16 --compile
 
 plan-tpu: .venv-tpu/installed
 

@@ -15,11 +15,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.sides import anonymous_memory, event
 
 TEXT, GRID = 32, 8
 # Full depth, so that stacks and compile time are those of the real model; a third of its width.
@@ -112,11 +114,6 @@ def largest_leaf(folder: Path, dtype: str) -> int:
 
 
 # --------------------------------------------------------------------------------------------------- children
-
-
-def event(name: str, **values: float) -> None:
-    """Tells the parent when (on the clock that all processes share) something is done."""
-    print(json.dumps({"event": name, "time": time.monotonic(), "cpu": time.process_time(), **values}), flush=True)
 
 
 def inputs(config: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -222,17 +219,6 @@ def measure(name: str, folder: Path, dtype: str) -> dict[str, float]:
         "extra": peak - before - parameters,
         "extra_forward": peak_forward - before - parameters,
     }
-
-
-def anonymous_memory(process: "subprocess.Popen[str]") -> Iterator[tuple[float, int]]:
-    """(time, bytes of anonymous memory) of a running process, some hundred times a second."""
-    status = Path(f"/proc/{process.pid}/status")
-    while process.poll() is None:
-        now = time.monotonic()
-        for line in status.read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                yield now, int(line.split()[1]) * 1024
-        time.sleep(0.003)
 
 
 def describe(run: dict[str, float]) -> str:

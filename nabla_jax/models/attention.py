@@ -47,7 +47,7 @@ Implementation = Literal["auto", "xla", "chunked", "cudnn"] | Splash
 # Above this many scores per head the quadratic XLA path is replaced by query blocks: on two CPU cores blocks of a
 # few hundred queries ran 3.5 times faster at 3,200 tokens, and memory grows linearly.
 _QUADRATIC_LIMIT = 1024 * 1024
-_QUERY_BLOCK = 256
+_QUERY_BLOCK = 384
 
 
 def attend(
@@ -211,10 +211,34 @@ def _softmax_attention(
 
 def _chunked(q: jax.Array, k: jax.Array, v: jax.Array, scale: float | None, valid: jax.Array | None) -> jax.Array:
     b, s, h, d = q.shape
+    scale = d**-0.5 if scale is None else scale
     blocks = -(-s // _QUERY_BLOCK)
-    padded = jnp.pad(q, ((0, 0), (0, blocks * _QUERY_BLOCK - s), (0, 0), (0, 0)))
-    padded = padded.reshape(b, blocks, _QUERY_BLOCK, h, d).transpose(1, 0, 2, 3, 4)
-    # The scores of a block are recomputed in the backward pass instead of being kept for all blocks.
-    block = jax.checkpoint(lambda x: _softmax_attention(x, k, v, scale, valid))
-    out = jax.lax.map(block, padded)
-    return out.transpose(1, 0, 2, 3, 4).reshape(b, blocks * _QUERY_BLOCK, h, d)[:, :s]
+    size = -(-s // blocks)
+
+    def heads_first(x: jax.Array) -> jax.Array:
+        return x.transpose(0, 2, 1, 3).reshape(b * h, -1, d)
+
+    def head(parts: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
+        q, k, v, valid = parts
+        # The scores of a block are recomputed in the backward pass instead of being kept for all blocks.
+        block = jax.checkpoint(lambda x: _attend_rows(x, k, v, scale, valid))
+        return jax.lax.map(block, q.reshape(blocks, size, d)).reshape(-1, d)
+
+    padded = jnp.pad(q, ((0, 0), (0, blocks * size - s), (0, 0), (0, 0)))
+    of_heads = None if valid is None else jnp.repeat(valid, h, axis=0)
+    parts = (heads_first(padded), heads_first(k), heads_first(v), of_heads)
+    # One head after another on CPUs, whose cores share one product: forward and backward took a quarter less time.
+    out = jax.lax.map(head, parts) if jax.default_backend() == "cpu" else jax.vmap(head)(parts)
+    return out.reshape(b, h, -1, d).transpose(0, 2, 1, 3)[:, :s]
+
+
+def _attend_rows(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, valid: jax.Array | None) -> jax.Array:
+    """Queries [S, D] of one head over keys and values [T, D], of which ``valid`` [T] are no padding -> [S, D]."""
+    scores = jnp.einsum("sd,td->st", q, k, preferred_element_type=jnp.float32) * scale
+    if valid is not None:
+        scores = jnp.where(valid, scores, jnp.finfo(jnp.float32).min)
+    # The largest score cancels. Dividing the result instead of the weights saves a pass over the scores.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = weights.sum(axis=-1, keepdims=True)
+    mixed = jnp.einsum("st,td->sd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (mixed / total).astype(q.dtype)
