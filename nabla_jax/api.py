@@ -408,8 +408,8 @@ def load(
       attention: the transformer's attention kernel, as ``base.attention`` of a configuration.
       mesh: how this process's devices are arranged; default: each has the whole base and a part of every batch.
 
-    Raises UserError when something is missing, the adapter belongs to another base, or the cache is asked for with an
-    adapter whose conditions see text and noise.
+    Raises UserError when something is missing, the package of a control included, the adapter belongs to another base,
+    or the cache is asked for with an adapter whose conditions see text and noise.
     """
     folder = assets.resolve(base)
     pipeline.check_folder(folder)
@@ -421,6 +421,7 @@ def load(
         metadata = adapter_files.read_metadata(adapter_path)
         check_adapter(adapter_path, metadata, folder, base_sha256, conditioning)
     conditioning = conditioning or _conditioning(metadata, adapter_path)
+    controls.find_control(conditioning.control)
     pipeline.check_channels(folder, method_name(conditioning))
     pipeline.check_sides(folder, conditioning.size, conditioning.compact)
     quantise = quantise or (metadata.quantise if metadata else "none")

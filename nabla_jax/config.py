@@ -10,6 +10,7 @@ framework is loaded.
 import argparse
 import dataclasses
 import difflib
+import importlib.metadata
 import importlib.util
 import math
 import re
@@ -234,10 +235,14 @@ class Config:
 T = typing.TypeVar("T")
 Verb = typing.Literal["prepare", "train", "generate", "evaluate"]
 
+CONTROLS = ("fill", "depth", "keypoints")
+"""The spatial controls that are built in."""
+CONTROL_GROUP = "nabla_jax.controls"
+"""Entry points of the controls that other packages bring; see docs/extending.md."""
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "base.quantise": ("none", "int8", "fp8", "nf4"),
     "conditioning.method": ("omini", "native", "insert"),
-    "conditioning.control": ("fill", "depth", "keypoints"),
     "conditioning.skeleton": ("dense", "sparse", "dots"),
     "conditioning.caption": ("fixed", "background"),
     "lora.init": ("gaussian",),
@@ -252,6 +257,21 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 
 _ATTENTION = re.compile(r"auto|xla|chunked|cudnn|splash(:[1-9]\d*x[1-9]\d*)?")
+
+
+def known_controls() -> dict[str, importlib.metadata.EntryPoint | None]:
+    """Name -> entry point of every spatial control that there is; None for those that are built in.
+
+    Raises UserError where a package takes the name of a built-in one.
+    """
+    found = {entry.name: entry for entry in importlib.metadata.entry_points(group=CONTROL_GROUP)}
+    taken = sorted(set(found) & set(CONTROLS))
+    if taken:
+        raise UserError(
+            f"entry points of {CONTROL_GROUP}: {found[taken[0]].value} is called {taken[0]!r}, which is built in; "
+            "expected a name of its own"
+        )
+    return dict.fromkeys(CONTROLS) | dict(sorted(found.items()))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -560,10 +580,11 @@ def _check_ranges(config: Config, where: str) -> None:
             f"{where}: base.attention: found {config.base.attention!r}, expected one of auto, xla, chunked, cudnn, "
             "splash or splash:QUERIESxKEYS, two multiples of 128"
         )
-    for control in config.data.controls:
-        if control not in _CHOICES["conditioning.control"]:
-            known = ", ".join(_CHOICES["conditioning.control"])
-            raise UserError(f"{where}: data.controls: found {control!r}, expected some of {known}")
+    named = [("data.controls", control, "some") for control in config.data.controls]
+    for key, control, expected in [("conditioning.control", config.conditioning.control, "one"), *named]:
+        known = known_controls()
+        if control not in known:
+            raise UserError(f"{where}: {key}: found {control!r}, expected {expected} of {', '.join(known)}")
     if not -1 <= config.data.similarity <= 1:
         raise UserError(f"{where}: data.similarity: found {config.data.similarity!r}, expected a cosine, -1 to 1")
     if config.train.sampler == "mined" and config.data.mode != "precomputed":

@@ -22,6 +22,8 @@ def commands() -> list[str]:
     """Every line of the pages and configurations that is a command, continuation lines joined."""
     found = []
     for path in (*PAGES, *FILES):
+        if path.name == "extending.md":  # whose commands are run by a test of their own
+            continue
         text = re.sub(r"\\\n\s*", " ", path.read_text())
         found += re.findall(r"^ *python -m (nabla_jax[^\n#`]*?)(?:\s+#.*)?$", text, re.MULTILINE)
     return sorted({command.strip() for command in found})
@@ -64,6 +66,25 @@ def test_tests_that_are_named_exist(page: Path) -> None:
     for file, name in re.findall(r"`((?:tests|configs)/[\w/]+\.py)(?:::(\w+))?`", page.read_text()):
         assert (ROOT / file).is_file(), file
         assert not name or f"\ndef {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
+
+
+def test_each_of_the_25_complaints_has_an_answer_and_what_shows_it() -> None:
+    """A row names the test or command that fails where the answer is wrong, or says that there is none yet."""
+    rows = [
+        line.split(" | ") for line in (ROOT / "docs" / "faq.md").read_text().splitlines() if re.match(r"\| \d", line)
+    ]
+    assert [int(row[0].removeprefix("| ").split(".")[0]) for row in rows] == list(range(1, 26))
+    for row in rows:
+        assert len(row) == 3 and row[1]
+        assert re.search(r"`(tests/[\w/]+\.py|configs/\w+\.py|python -m [\w.]+|make [\w-]+)|not yet", row[2]), row[0]
+
+
+def test_the_citation_is_of_this_version() -> None:
+    text = (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^version: (.+)$", text, re.MULTILINE)[1] == nabla_jax.__version__
+    assert re.search(r"^license: (.+)$", text, re.MULTILINE)[1] == "Apache-2.0"
+    arxiv = re.search(r"arXiv:([\d.]+)", text)[1]
+    assert f"arXiv:{arxiv}" in (ROOT / "README.md").read_text()
 
 
 def test_make_targets_named_in_the_pages() -> None:

@@ -1,6 +1,7 @@
 """Reading pictures and what is known about them, and making the model's inputs: one geometry for every command."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -9,7 +10,7 @@ import numpy as np
 
 from nabla_jax import images
 from nabla_jax.conditioning.geometry import Placement
-from nabla_jax.config import Conditioning
+from nabla_jax.config import CONTROL_GROUP, Conditioning, known_controls
 from nabla_jax.data import skeleton
 from nabla_jax.data.dataset import Example
 from nabla_jax.errors import UserError
@@ -81,14 +82,30 @@ CONTROLS: dict[str, Control] = {
     "depth": Control(_depth, BLACK, "nearest", needs="depth"),
     "keypoints": Control(_keypoints, BLACK, "nearest", needs="keypoints"),
 }
-"""The spatial controls by the name that ``conditioning.control`` gives."""
+"""The spatial controls that are built in, by the name that ``conditioning.control`` gives."""
 
 
 def find_control(kind: str) -> Control:
-    """The control named ``kind``. Raises UserError for an unknown name."""
-    if kind not in CONTROLS:
-        raise UserError(f"conditioning.control: found {kind!r}, expected one of {', '.join(CONTROLS)}")
-    return CONTROLS[kind]
+    """The control named ``kind``: a built-in one, or an entry point of the group ``nabla_jax.controls``.
+
+    Raises UserError for an unknown name, and for an entry point that is not a ``Control``.
+    """
+    return CONTROLS[kind] if kind in CONTROLS else _installed_control(kind)
+
+
+@functools.cache
+def _installed_control(kind: str) -> Control:
+    known = known_controls()
+    entry = known.get(kind)
+    if entry is None:
+        raise UserError(f"conditioning.control: found {kind!r}, expected one of {', '.join(known)}")
+    control = entry.load()
+    if not isinstance(control, Control):
+        raise UserError(
+            f"conditioning.control: {kind!r} of {CONTROL_GROUP} is {entry.value}, found a {type(control).__name__}, "
+            "expected a nabla_jax.data.controls.Control"
+        )
+    return control
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -147,13 +164,20 @@ def control_canvas(view: View, conditioning: Conditioning) -> Canvas:
 
     A compact one is as much smaller as ``conditioning.compact`` says.
 
-    Raises UserError for an unknown control, and for a view without what the control is made of.
+    Raises UserError for an unknown control, for a view without what the control is made of, and for a drawing of
+    another shape or dtype than the picture's.
     """
     control = find_control(conditioning.control)
     if control.needs is not None and getattr(view, control.needs) is None:
         raise UserError(f"control {conditioning.control}: the target has no {control.needs}, expected them with it")
+    drawn = control.draw(view, conditioning)
+    if drawn.shape != view.image.shape or drawn.dtype != np.uint8:
+        raise UserError(
+            f"control {conditioning.control}: drew {drawn.dtype} of shape {drawn.shape}, expected uint8 "
+            f"{view.image.shape}, as the picture"
+        )
     placement = Placement.square(view.image.shape[0], view.image.shape[1], conditioning.condition_size)
-    return Canvas(placement.apply(control.draw(view, conditioning), control.fill, control.filter), placement)
+    return Canvas(placement.apply(drawn, control.fill, control.filter), placement)
 
 
 def latent_mask(mask: Array, size: int, factor: int = 8, placement: Placement | None = None) -> Array:
@@ -254,7 +278,7 @@ def require(examples: Sequence[Example], *kinds: str) -> None:
     """Raises one UserError if examples lack their mask or what the controls ``kinds`` are made of; opens no file."""
     listed = "keypoints.json (parts/part_locs.txt in NABirds) to list them"
     expected = {"mask": "a PNG for each", "depth": "a PNG for each", "keypoints": listed}
-    for field in ("mask", *_needs(kinds)):
+    for field in ("mask", *needed_fields(kinds)):
         require_field(examples, field, expected[field])
 
 
@@ -291,13 +315,13 @@ def check(example: Example, *kinds: str) -> str:
     return " ".join(hashes)
 
 
-def _needs(kinds: Sequence[str]) -> tuple[str, ...]:
+def needed_fields(kinds: Sequence[str]) -> tuple[str, ...]:
     """The fields of an example that the controls need beside its mask, each once."""
     return tuple(dict.fromkeys(needs for kind in kinds if (needs := find_control(kind).needs) is not None))
 
 
 def _read_needed(example: Example, kinds: Sequence[str], height: int, width: int) -> tuple[Array | None, Array | None]:
-    needs = _needs(kinds)
+    needs = needed_fields(kinds)
     depth = keypoints = None
     if "depth" in needs:
         assert example.depth is not None

@@ -25,7 +25,7 @@ import numpy as np
 
 from nabla_jax import draws, runs, untrusted
 from nabla_jax.config import Config, Extract
-from nabla_jax.data import Dataset, Example, inaturalist, keypoint_file, read_dataset
+from nabla_jax.data import Dataset, Example, controls, inaturalist, keypoint_file, read_dataset
 from nabla_jax.data.dataset import control_file
 from nabla_jax.data.nabirds import read_captions
 from nabla_jax.errors import UserError
@@ -140,11 +140,12 @@ class Folder:
 def needed(config: Config) -> tuple[What, ...]:
     """What ``config`` conditions on."""
     found: list[What] = ["masks"]
-    if "depth" in (config.conditioning.control, *config.data.controls):
+    drawn_from = controls.needed_fields((config.conditioning.control, *config.data.controls))
+    if "depth" in drawn_from:
         found.append("depth")
     if config.conditioning.caption == "background":
         found.append("captions")
-    if "keypoints" in (config.conditioning.control, *config.data.controls):
+    if "keypoints" in drawn_from:
         found.append("keypoints")
     return tuple(found)
 
