@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import curation as benchmark
 from nabla_jax import curate
-from nabla_jax.curation import proposals, review, verdicts
+from nabla_jax.curation import looks, proposals, review, verdicts
 from nabla_jax.curation.proposals import Looks
 from nabla_jax.data import pair_lists, read_dataset
 from nabla_jax.data.pairs import benchmark_pairs
@@ -317,6 +317,7 @@ def test_a_list_that_nobody_judged_is_not_overwritten(tmp_path):
         (("--crop", "box"), "found no box"),
         (("--crop", "fin"), "--crop: found 'fin', expected one of mask, box, image"),
         (("--colour", "1.5"), "--colour: found 1.5, expected 0 to 1"),
+        (("--crop", "image", "--dinov2", ""), "--dinov2: found nothing"),
         (("--pairs", "0"), "--pairs: found 0, expected at least 1"),
         (("--split", "train"), "found no picture of split train"),
         (("--crop", "image", "--dinov2", "asset:toy-siglip"), "dinov2"),
@@ -327,6 +328,31 @@ def test_what_cannot_be_proposed_is_told_before_anything_is_read(arguments, mess
     with pytest.raises(UserError, match=message):
         curate.main(["propose", str(folder), "--out", str(tmp_path / "out"), *arguments])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_box_stands_for_a_silhouette(tmp_path):
+    folder = tmp_path / "fish"
+    write_image(fixtures.picture(40, 60, 0)[0], folder / "a.png")
+    manifest(folder, ["a.png,cod,test,10 5 30 25"], "image,class,split,box")
+    (example,) = read_dataset(folder).examples
+    picture, inside = looks.read(example, "box")
+    expected = np.zeros((40, 60), bool)
+    expected[5:25, 10:30] = True  # the list says left top right bottom
+    assert picture.shape == (40, 60, 3) and (inside == expected).all()
+    assert looks.shown(example, "box") == (1, 6, 29, 34)  # a fifth of 20 round it
+    assert looks.shown(example, "image") == (0, 0, 40, 60)
+
+
+def test_an_empty_silhouette_is_left_out_and_named(tmp_path, capsys):
+    folder = tmp_path / "fish"
+    for seed, n in enumerate("abc"):
+        picture, mask = fixtures.picture(40, 60, seed)
+        write_image(picture, folder / f"{n}.png")
+        write_image(np.where(mask & (n != "b"), 255, 0).astype(np.uint8), folder / "masks" / f"{n}.png")
+    manifest(folder, [f"{n}.png,cod,test,masks/{n}.png" for n in "abc"], "image,class,split,mask")
+    curate.main(["propose", str(folder), "--out", str(tmp_path / "out")])
+    assert "1 pictures have an empty mask and are left out: b" in capsys.readouterr().out
+    assert [(r["image_1"], r["image_2"]) for r in read(tmp_path / "out" / "proposals.csv")] == [("a.png", "c.png")]
 
 
 def test_observations_have_pairs_of_their_own(world, tmp_path):

@@ -9,11 +9,10 @@ import numpy as np
 from nabla_jax import config as configs
 from nabla_jax.conditioning.geometry import Box, clip_box, mask_box
 from nabla_jax.curation.proposals import Looks, combine
-from nabla_jax.data import controls
 from nabla_jax.data.dataset import Example, class_index
 from nabla_jax.errors import UserError
 from nabla_jax.hashing import file_sha256
-from nabla_jax.images import picture_size, read_rgb
+from nabla_jax.images import picture_size, read_mask, read_rgb
 
 Array = np.ndarray[Any, Any]
 
@@ -38,10 +37,10 @@ def require(examples: Sequence[Example], crop: str) -> None:
 
 def read(example: Example, crop: str) -> tuple[Array, Array]:
     """(picture [H, W, 3] uint8, what of it counts [H, W] bool). Raises UserError naming a file that cannot be used."""
+    picture = read_rgb(example.image)
     if crop == "mask":
         assert example.mask is not None
-        return controls.read_pair(example.image, example.mask)
-    picture = read_rgb(example.image)
+        return picture, read_mask(example.mask, picture.shape[:2])
     if crop == "image":
         return picture, np.ones(picture.shape[:2], bool)
     assert example.box is not None
@@ -60,7 +59,8 @@ def shown(example: Example, crop: str) -> Box:
         assert example.box is not None
         top, left, bottom, right = example.box
     else:
-        top, left, bottom, right = mask_box(read(example, crop)[1])
+        assert example.mask is not None
+        top, left, bottom, right = mask_box(read_mask(example.mask, (height, width)))
     margin = round(MARGIN * max(bottom - top, right - left))
     return clip_box((top - margin, left - margin, bottom + margin, right + margin), height, width)
 

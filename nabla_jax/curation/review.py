@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from nabla_jax import assets, runs
-from nabla_jax.checkpoints import transformers_folder
+from nabla_jax import config as configs
+from nabla_jax import runs
 from nabla_jax.curation import looks, page, proposals, verdicts
 from nabla_jax.curation.proposals import ClassProposals
 from nabla_jax.data.dataset import Dataset, Example, class_index
 from nabla_jax.errors import UserError
+from nabla_jax.metrics import networks as nets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +61,7 @@ def propose(dataset: Dataset, settings: Settings, cache: Path, before: Sequence[
     """
     examples = sorted(dataset.of_split(settings.split), key=lambda e: e.id)
     looks.require(examples, settings.crop)
-    folder = assets.resolve(settings.dinov2)
-    transformers_folder.check_network(folder, "dinov2")
+    nets.check_networks(configs.Metrics(dinov2=settings.dinov2))
     if not any(len(own) > 1 for own in class_index(e.class_id for e in examples).values()):
         raise UserError(f"{dataset.root}: found no class with two pictures of split {settings.split}, expected some")
     fingerprint = looks.fingerprints(examples, settings.crop)
