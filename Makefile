@@ -3,6 +3,8 @@
 # make toy-assets  — every shipped checkpoint from nothing; a day on two cores
 # make test  — every test but those of the browser; both install what they need into .venv first
 # make test-browser — the report and the page of pairs in a headless Chromium, which apt-get installs where there is none
+# make test-browser — the report in a headless Chromium, which apt-get installs where there is none
+# make fuzz  — a hundred thousand damaged inputs to every reader of outside files; minutes (docs/trust.md)
 # make plan-tpu — the TPU compiler in .venv-tpu, which needs no TPU: python -m nabla_jax.plan then asks it (docs/plan.md)
 #
 # PYTHON=python3.12    another interpreter (3.11 or newer)
@@ -14,7 +16,7 @@ WORLD_SEED ?= 0
 TORCH_INDEX ?=
 BIN := .venv/bin
 
-.PHONY: install demo toy-table toy-assets test test-browser lint types bench plan-tpu clean
+.PHONY: install demo toy-table toy-assets test test-browser fuzz lint types bench plan-tpu clean
 
 install: .venv/installed
 
@@ -42,6 +44,9 @@ test: install
 test-browser: install
 	@bash scripts/ensure_chromium.sh
 	$(BIN)/python -m pytest tests/browser --durations=5
+
+fuzz: install
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.fuzz --inputs 100000 --seed 0
 
 lint: install
 	$(BIN)/ruff check .

@@ -491,7 +491,7 @@ def load(
         base=transformer.params,
         adapters=adapters,
         vae=vae,
-        schedule=runs.read_json(folder / "scheduler" / "scheduler_config.json"),
+        schedule=pipeline.scheduler(folder),
         text=text,
         mesh=devices,
         base_path=folder,

@@ -310,10 +310,7 @@ def _read_manifest(folder: Path, benchmark: Benchmark) -> dict[str, dict[str, An
     path = folder / "manifest.jsonl"
     expected = {pair.key: pair for pair in benchmark.pairs}
     found = {}
-    for row in runs.read_rows(path):
-        absent = [name for name in ("pair", "subject_id", "target_id", "subject_used", "file") if name not in row]
-        if absent:
-            raise UserError(f"{path}: a row has no field {absent[0]}: {json.dumps(row)[:100]}")
+    for row in runs.read_rows(path, runs.PictureRow):
         pair = expected.get(row["pair"])
         if pair is None:
             continue
@@ -330,6 +327,8 @@ def _read_manifest(folder: Path, benchmark: Benchmark) -> dict[str, dict[str, An
             )
         # A part of a list may name the pictures of the whole: then masks lie beside those.
         picture = Path(os.path.normpath(folder / row["file"]))
+        if not picture.is_relative_to(os.path.normpath(folder.parent.parent)):
+            raise UserError(f"{path}: pair {pair.key}: file {row['file'][:100]} leaves {folder.parent.parent}")
         if picture.is_file():
             mask = picture.parent / "masks" / f"{picture.stem}.png"
             own = {"mask": str(mask)} if mask.is_file() else {}

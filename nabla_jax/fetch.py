@@ -34,7 +34,7 @@ import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import nabla_jax
 from nabla_jax import images, runs
@@ -492,8 +492,8 @@ def fetch(
     with runs.lock(out / ".lock", f"--out {out}"):
         _claim(out, {"schema": SCHEMA, "list_sha256": file_sha256(pairs), "size": options.size})
         with (
-            contextlib.closing(runs.JsonLines(out / MANIFEST)) as manifest,
-            contextlib.closing(runs.JsonLines(out / OBSERVATIONS)) as observations,
+            contextlib.closing(runs.JsonLines(out / MANIFEST, _PhotoRow)) as manifest,
+            contextlib.closing(runs.JsonLines(out / OBSERVATIONS, _ObservationRow)) as observations,
         ):
             ours = set(_by(manifest, "image"))
             _keep_what_holds(out, photos, manifest, observations, options.refresh)
@@ -523,6 +523,27 @@ def fetch(
         if summary.status == 0:
             _write_changed(out / inaturalist.LISTS[0], _subset(pairs.read_bytes(), rows, complete))
     return summary
+
+
+class _PhotoRow(TypedDict):
+    """What every row of the manifest has."""
+
+    image: str
+    observation: str
+    status: str
+
+
+class _PhotoAnswer(TypedDict):
+    id: str
+    url: str
+    license_code: str | None
+    attribution: str
+    hidden: bool
+
+
+class _ObservationRow(TypedDict):
+    observation: str
+    photos: list[_PhotoAnswer] | None
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
@@ -604,6 +625,7 @@ def _keep_what_holds(
     good = {
         row["image"]
         for row in (runs.track(list(manifest.rows), "check", unit="photo") if manifest.rows else ())
+        # The path is one of the list's, which was checked.
         if row["image"] in paths and row["status"] == "fetched" and _is_whole(out / row["image"], row)
     }
 
@@ -618,14 +640,14 @@ def _is_lasting(row: Mapping[str, Any]) -> bool:
 
     The other reasons follow from the observations and the options, or may pass; every run finds them anew.
     """
-    reason = row.get("reason", "")
+    reason = str(row.get("reason", ""))
     known = ("too_large", "redirect_refused", "not_a_picture", "unsupported_format")
     answered = reason.startswith("status_") and reason not in FORBIDDEN
     return row["status"] == "missing" and (reason in known or answered)
 
 
 def _is_whole(path: Path, row: Mapping[str, Any]) -> bool:
-    return path.is_file() and path.stat().st_size == row["bytes"] and file_sha256(path) == row["sha256"]
+    return path.is_file() and path.stat().st_size == row.get("bytes") and file_sha256(path) == row.get("sha256")
 
 
 def _fetch_all(
@@ -704,10 +726,7 @@ def _row(photo: Photo, status: str, source: Source | None, **fields: Any) -> dic
 
 
 def _by(file: runs.JsonLines, key: str) -> dict[str, dict[str, Any]]:
-    try:
-        return {row[key]: row for row in file.rows}
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{file.path}: found a line without {key!r}, expected what this command wrote") from error
+    return {row[key]: row for row in file.rows}
 
 
 def _complete(rows: Sequence[inaturalist.Row], fetched: Collection[str]) -> list[inaturalist.Row]:

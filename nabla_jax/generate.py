@@ -298,16 +298,16 @@ def make(work: Work, settings: dict[str, Any], batch: int, maker: Callable[[Sequ
 
     what, (index, count) = f"{work.name}/{work.kind}", processes.part()
     # Every process looks before the first one writes, so that all of them refuse.
-    _check_settings(work, settings, [row for path in _lists(work) for row in runs.read_rows(path)])
+    _check_settings(work, settings, [row for path in _lists(work) for row in runs.read_rows(path, runs.PictureRow)])
     processes.wait_for_all(f"{what} checked")
     if processes.is_first():
         _collect(work, settings)
     processes.wait_for_all(f"{what} collected")
-    done = {row["pair"] for row in runs.read_rows(work.folder / MANIFEST)}
+    done = {row["pair"] for row in runs.read_rows(work.folder / MANIFEST, runs.PictureRow)}
     batches = [work.pairs[i : i + batch] for i in range(0, len(work.pairs), batch)]
     missing = [pairs for pairs in batches if any(pair.key not in done for pair in pairs)]
     share = processes.own_share(missing)
-    rows = runs.JsonLines(work.folder / (MANIFEST if count == 1 else f"manifest-{index}.jsonl"))
+    rows = runs.JsonLines(work.folder / (MANIFEST if count == 1 else f"manifest-{index}.jsonl"), runs.PictureRow)
     there = len(work.pairs) - sum(map(len, missing))
     with runs.progress(there + sum(map(len, share)), what, done=there, unit="picture") as bar:
         for pairs in share:
@@ -337,10 +337,10 @@ def _collect(work: Work, settings: dict[str, Any]) -> list[dict[str, Any]]:
     Those of other lists come in the order of the pairs, as a single process writes them.
     """
     manifest, *others = _lists(work)
-    whole = runs.JsonLines(manifest)
+    whole = runs.JsonLines(manifest, runs.PictureRow)
     whole.keep(lambda row: (work.folder / row["file"]).is_file())
     done = {row["pair"] for row in whole.rows}
-    rows = [row for path in others for row in runs.read_rows(path) if row["pair"] not in done]
+    rows = [row for path in others for row in runs.read_rows(path, runs.PictureRow) if row["pair"] not in done]
     order = {pair.key: i for i, pair in enumerate(work.pairs)}
     rows.sort(key=lambda row: order.get(row["pair"], len(order)))
     whole.extend([row for row in rows if (work.folder / row["file"]).is_file()])
@@ -375,7 +375,7 @@ def _shared_rows(work: Work, settings: dict[str, Any], done: set[str]) -> list[d
         return []
     there = {
         (row["subject_id"], row["target_id"]): row
-        for row in runs.read_rows(work.whole / MANIFEST)
+        for row in runs.read_rows(work.whole / MANIFEST, runs.PictureRow)
         if not _differing(row, settings) and (work.whole / row["file"]).is_file()
     }
     chosen = {pair.key: there.get((pair.subject_id, pair.target_id)) for pair in work.pairs if pair.key not in done}

@@ -20,7 +20,7 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from nabla_jax import config as configs
 from nabla_jax import untrusted
@@ -214,9 +214,10 @@ class JsonLines:
     A line that a killed process left half written is cut off when the file is opened again.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kind: Any = dict[str, Any]) -> None:
+        """Reads the rows that are there, of ``kind``; see ``read_rows``."""
         self.path = path
-        self.rows: list[dict[str, Any]] = read_rows(path)
+        self.rows: list[dict[str, Any]] = read_rows(path, kind)
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_file() and path.read_bytes() != _lines(self.rows).encode():
@@ -255,10 +256,21 @@ def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+class PictureRow(TypedDict):
+    """What a list of pictures that ``generate`` made says of each, beside its settings; ``file``: below the list's."""
+
+    pair: str
+    subject_id: str
+    target_id: str
+    subject_used: str
+    file: str
+
+
+def read_rows(path: Path, kind: Any = dict[str, Any]) -> list[dict[str, Any]]:
     """The complete rows of a JSON-lines file; empty when it is absent.
 
-    Raises UserError for a damaged line other than the last.
+    Raises UserError for a damaged line other than the last, and for one that is not of ``kind`` (see
+    ``untrusted.check``).
     """
     if not path.is_file():
         return []
@@ -275,6 +287,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             if number == len(lines):  # no newline after it: the process died while writing
                 break
             raise UserError(f"{path}: line {number} is no JSON object ({error})") from error
+        untrusted.check(row, kind, f"{path}: line {number}")
         rows.append(row)
     return rows
 

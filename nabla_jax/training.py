@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from nabla_jax import api, diptychs, optim, reposing, runs
+from nabla_jax import api, diptychs, optim, reposing, runs, untrusted
 from nabla_jax.checkpoints import adapters as adapter_files
 from nabla_jax.checkpoints import pipeline
 from nabla_jax.config import Config, resolve_base
@@ -65,6 +65,15 @@ def load_method(config: Config, mesh: Mesh) -> tuple[reposing.Method, layers.Par
     return method, transformer.params
 
 
+class _Settings(TypedDict):
+    """What is read of a prepared folder's settings."""
+
+    conditioning: dict[str, Any]
+    split: str
+    captions: str
+    weights: dict[str, str]
+
+
 def check_prepared(config: Config) -> None:
     """Checks that ``data.prepared``, if it is read, is whole and was made for this configuration and base.
 
@@ -74,19 +83,23 @@ def check_prepared(config: Config) -> None:
         return
     folder = Path(config.data.prepared)
     prepared = loaders.open_prepared(folder)
-    made = prepared.manifest["settings"]
+    made = prepared.manifest.get("settings")
+    untrusted.check(made, _Settings, str(folder / loaders.MANIFEST), "settings")
+    assert isinstance(made, dict)
     base = resolve_base(config)
     vae = AutoencoderKLConfig.from_json(base / "vae" / "config.json")
     side = config.conditioning.size // vae.factor
     # A folder of whole conditions does not name compact.
     conditioning = {"compact": 1} | made["conditioning"]
-    pairs = [(f"conditioning.{k}", v, getattr(config.conditioning, k)) for k, v in conditioning.items()]
+    pairs = [(f"conditioning.{k}", v, getattr(config.conditioning, k, None)) for k, v in conditioning.items()]
     pairs.append(("data.split", made["split"], config.data.split))
-    pairs.append(("moments", prepared.manifest["moments"], [2 * vae.latent_channels, side, side]))
+    pairs.append(("moments", prepared.manifest.get("moments"), [2 * vae.latent_channels, side, side]))
     if config.conditioning.caption == "fixed":
         captions, _ = captions_of(config, [])
         pairs.append(("conditioning.prompt", made["captions"][:12], captions_sha256(captions)[:12]))
     for part, sha in made["weights"].items():
+        if not untrusted.is_file_name(part):
+            raise UserError(f"{folder / loaders.MANIFEST}: settings.weights: found {part[:100]!r}, expected a part")
         pairs.append((f"weights of {part}", sha[:12], pipeline.folder_hash(base / part, everything=True)[:12]))
     differing = [f"{what}: {there!r} there, {here!r} here" for what, there, here in pairs if there != here]
     if differing:
@@ -511,7 +524,7 @@ class SampleSheet:
             base=base,
             adapters={},
             vae=vae,
-            schedule=runs.read_json(folder / "scheduler" / "scheduler_config.json"),
+            schedule=pipeline.scheduler(folder),
             text=(np.asarray(self._batch["prompt_embeds"]), np.asarray(self._batch["pooled"])),
             mesh=self._mesh,
             base_path=folder,

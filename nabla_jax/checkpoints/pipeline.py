@@ -234,6 +234,14 @@ def vae_config(path: StrPath) -> AutoencoderKLConfig:
     return config
 
 
+def scheduler(folder: StrPath) -> dict[str, Any]:
+    """The content of ``scheduler/scheduler_config.json``. Raises UserError naming it when it is no JSON object."""
+    path = Path(folder) / "scheduler" / "scheduler_config.json"
+    found: dict[str, Any] = untrusted.read_json(path)
+    untrusted.check(found, dict[str, Any], str(path))
+    return found
+
+
 def is_kontext(folder: StrPath) -> bool:
     """Whether a pipeline folder holds FLUX.1-Kontext, by the class that its index names.
 

@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from nabla_jax import runs
 from nabla_jax.data.dataset import Dataset, Example
@@ -66,6 +66,12 @@ class Row:
     def observed(self) -> datetime.datetime | None:
         """When; aware of its time zone only where the list is."""
         return parse_date(self.values.get("observed_on", ""))
+
+
+class _Fetched(TypedDict):
+    """What is read of every row of manifest.jsonl."""
+
+    image: str
 
 
 def parse_date(text: str) -> datetime.datetime | None:
@@ -236,7 +242,7 @@ def scan(root: Path, problems: Problems) -> Dataset:
 def _fetched(path: Path, problems: Problems) -> dict[str, dict[str, Any]]:
     """Path below the folder -> what the fetcher learned of the photo; empty for photos from elsewhere."""
     try:
-        return {str(row["image"]): row for row in runs.read_rows(path) if "image" in row}
+        return {row["image"]: row for row in runs.read_rows(path, _Fetched)}
     except UserError as error:
         problems.error(path, None, str(error).removeprefix(f"{path}: "), "fetch the photos again")
         return {}

@@ -64,7 +64,6 @@ class _Class(TypedDict):
 class _Manifest(TypedDict):
     """What is read of manifest.json; see ``Prepared``."""
 
-    settings: dict[str, Any]
     made: str
     roles: list[str]
     features: int

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
@@ -33,10 +33,18 @@ from nabla_jax.extract import captions, checkpoints, depths, parts, segmentation
 from nabla_jax.extract.wording import Wording
 from nabla_jax.images import read_rgb
 from nabla_jax.keypoints.crops import bird_box
+from nabla_jax.untrusted import below
 
 Array = np.ndarray[Any, Any]
 What = Literal["masks", "depth", "captions", "keypoints"]
 Row = dict[str, Any]
+
+
+class _Row(TypedDict):
+    """What every row has."""
+
+    id: str
+
 
 SCHEMA = 1
 FOLDER = "extraction"
@@ -179,7 +187,7 @@ def extract(
         if _claim(folder, what, _settings(folder, what, settings, clips), overwrite, shard):
             folder = Folder.open(folder.root)
         before = _rows(place, what)
-        rows = runs.JsonLines(rows_file)
+        rows = runs.JsonLines(rows_file, _Row)
         todo, kept = _todo(folder, what, before, shard, clips)
         counts = Counter(kept=kept, made=0, failed=sum("reason" in row for row in rows.rows))
         makers = {"masks": _make_mask, "depth": _make_depth, "captions": _make_caption, "keypoints": _make_keypoints}
@@ -352,7 +360,7 @@ def _names(dataset: Dataset) -> set[str]:
 
 def _rows(place: Path, what: What) -> list[Row]:
     """The rows of all processes; of several for one picture the last."""
-    rows = [row for file in sorted(place.glob(f"{what}-*-of-*.jsonl")) for row in runs.read_rows(file)]
+    rows = [row for file in sorted(place.glob(f"{what}-*-of-*.jsonl")) for row in runs.read_rows(file, _Row)]
     return list({row["id"]: row for row in rows}.values())
 
 
@@ -418,10 +426,17 @@ def _delete(folder: Folder, what: What) -> None:
     """Removes what earlier runs made, and nothing else: a file that was changed since is the user's."""
     place = folder.root / FOLDER
     rows = _rows(place, what)
-    for row in rows:
-        file = folder.root / row.get("file", "")
-        if "file" in row and file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == row["sha256"]:
-            file.unlink()
+    made_files = []
+    for row in (row for row in rows if "file" in row):
+        file = below(folder.root, str(row["file"]))
+        if file is None:
+            raise UserError(
+                f"{place}: {what}: file {str(row['file'])[:100]!r} leaves {folder.root}: nothing is deleted"
+            )
+        if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == row.get("sha256"):
+            made_files.append(file)
+    for file in made_files:
+        file.unlink(missing_ok=True)
     if what in LISTED:
         made = {row["id"]: row.get(LISTED[what]) for row in rows}
         kept = {id: value for id, value in _read_list(folder, what).items() if made.get(id) != value}

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nabla_jax import untrusted
 from nabla_jax.errors import UserError
 
 # What a scheduler_config.json means where it leaves a key out (the published scheduler's constructor).
@@ -19,6 +20,7 @@ _DEFAULTS: dict[str, Any] = {
     "base_image_seq_len": 256,
     "max_image_seq_len": 4096,
 }
+_LARGEST = 80.0  # exponent that a float32 holds
 # Keys that would change the schedule, with the only value that FLUX.1 uses.
 _FIXED: dict[str, Any] = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
@@ -57,15 +59,22 @@ def sigmas(config: Mapping[str, Any], steps: int, tokens: int) -> np.ndarray:
     if steps < 1 or tokens < 1:
         raise UserError(f"a schedule needs a step and a token at least, found {steps} steps and {tokens} tokens")
     settings = {key: config.get(key, default) for key, default in _DEFAULTS.items()}
+    for key, default in _DEFAULTS.items():
+        untrusted.check(settings[key], bool if isinstance(default, bool) else float, "scheduler_config.json", key)
+    if not 0 < settings["shift"] < math.inf:
+        raise UserError(f"scheduler_config.json: shift: found {settings['shift']}, expected a positive number")
     # Rounded to float32 before the shift, as published: shifting in float64 moves the levels by an ulp.
     base = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32)
     if settings["use_dynamic_shifting"]:
-        factor = np.float32(math.exp(_resolution_shift(settings, tokens)))
+        factor = np.float32(math.exp(min(_resolution_shift(settings, tokens), _LARGEST)))
         levels = factor / (factor + (1 / base - 1))
     else:
         shift = settings["shift"]
         levels = np.float32(shift) * base / (1 + np.float32(shift - 1) * base)
-    return np.append(levels, np.float32(0.0)).astype(np.float32)
+    levels = np.append(levels, np.float32(0.0)).astype(np.float32)
+    if not (np.diff(levels) <= 0).all() or (steps > 1 and levels[-2] == 1):
+        raise UserError(f"scheduler_config.json: {settings} gives levels that do not fall, such as {levels[:3]}")
+    return levels
 
 
 def euler(velocity: Callable[[jax.Array, jax.Array], jax.Array], latents: jax.Array, sigmas: jax.Array) -> jax.Array:
@@ -92,6 +101,8 @@ def euler(velocity: Callable[[jax.Array, jax.Array], jax.Array], latents: jax.Ar
 
 def _resolution_shift(settings: Mapping[str, Any], tokens: int) -> float:
     """mu: the line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift)."""
+    if settings["max_image_seq_len"] == settings["base_image_seq_len"]:
+        raise UserError("scheduler_config.json: max_image_seq_len: found base_image_seq_len, expected another number")
     slope = (settings["max_shift"] - settings["base_shift"]) / (
         settings["max_image_seq_len"] - settings["base_image_seq_len"]
     )

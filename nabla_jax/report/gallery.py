@@ -19,6 +19,7 @@ from nabla_jax.errors import UserError
 from nabla_jax.metrics.summary import ALL_METRICS, PairScore
 from nabla_jax.report.reading import Results, values_of
 from nabla_jax.report.thumbnails import Thumbnail
+from nabla_jax.untrusted import below
 
 # Numbers of a PairScore that are no measure of the picture, or are shown through a metric made of them.
 _INTERNAL = frozenset(
@@ -135,7 +136,9 @@ def credits_of(examples: Sequence[Example], root: Path) -> dict[str, str]:
     """Example id -> 'photographer, licence' as far as known, from the data set and from what fetch noted."""
     fetched = {}
     if (root / "manifest.jsonl").is_file():
-        fetched = {row["image"]: row for row in runs.read_rows(root / "manifest.jsonl") if "image" in row}
+        fetched = {
+            row["image"]: row for row in runs.read_rows(root / "manifest.jsonl") if type(row.get("image")) is str
+        }
     found = {}
     for example in examples:
         row = fetched.get(example.image.relative_to(root).as_posix(), {}) if fetched else {}
@@ -155,8 +158,8 @@ def _answer(results: Results, benchmark: str, pair: str) -> Path | None:
     about = results.benchmarks[benchmark]
     if about["oracle"] is None:
         return None
-    places = (folder / "cache" / about["fingerprint"] / f"{pair}.npz" for folder in results.folders.values())
-    return next((path for path in places if path.is_file()), None)
+    places = (below(folder / "cache", f"{about['fingerprint']}/{pair}.npz") for folder in results.folders.values())
+    return next((path for path in places if path is not None and path.is_file()), None)
 
 
 def groups(results: Results) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from nabla_jax import runs
+from nabla_jax import runs, untrusted
 from nabla_jax.errors import UserError
 from nabla_jax.metrics import summary
 from nabla_jax.report import gallery as pairs
@@ -395,8 +395,7 @@ def _line(
 def loss_curve(run: Path) -> str:
     """The plot of `metrics.jsonl`. Raises UserError if it has no row with step and loss."""
     path = run / "metrics.jsonl"
-    rows = [r for r in runs.read_rows(path) if "step" in r and isinstance(r.get("loss"), int | float)]
-    rows = [r for r in rows if math.isfinite(r["loss"])]
+    rows = [r for r in runs.read_rows(path) if all(_is_number(r.get(name)) for name in ("step", "loss"))]
     if not rows:
         raise UserError(f"{path}: found no row with step and loss, expected those of a training run")
     rows.sort(key=lambda r: r["step"])
@@ -404,6 +403,10 @@ def loss_curve(run: Path) -> str:
         "<p>Training loss over steps, every logged value and a running mean; the last step is "
         f"{int(rows[-1]['step']):,}.</p>{plots.curve([r['step'] for r in rows], [r['loss'] for r in rows])}"
     )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 2.0**63
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -462,11 +465,14 @@ def _settings(about: Mapping[str, Any]) -> dict[str, str]:
 def _run_entries(run: Path | None) -> Iterator[tuple[str, str]]:
     path = None if run is None else run / "environment.json"
     if path is not None and path.is_file():
-        last = runs.read_json(path)[-1]
+        starts = runs.read_json(path)
+        untrusted.check(starts, list[dict[str, Any]], str(path))
+        last = starts[-1] if starts else {}
+        untrusted.check(last.get("versions", {}), dict[str, Any], str(path), "versions")
         yield "training run", str(run)
         for name in ("command", "git_commit", "python", "platform"):
             if last.get(name):
-                value = " ".join(last[name]) if isinstance(last[name], list) else str(last[name])
+                value = " ".join(map(str, last[name])) if isinstance(last[name], list) else str(last[name])
                 yield name.replace("_", " "), value
         yield "packages", ", ".join(f"{k} {v}" for k, v in last.get("versions", {}).items())
 

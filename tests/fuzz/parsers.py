@@ -16,7 +16,7 @@ import safetensors
 from PIL import Image
 
 from nabla_jax import config as configs
-from nabla_jax import fetch, images, plates, runs
+from nabla_jax import evaluate, fetch, flow, images, plates, runs
 from nabla_jax.checkpoints import adapters, pipeline, safetensors_io
 from nabla_jax.checkpoints.adapter_formats import Pair
 from nabla_jax.data import (
@@ -40,8 +40,9 @@ from nabla_jax.download import Answer, Unobtained, retry_after
 from nabla_jax.errors import UserError
 from nabla_jax.metrics import summary
 from nabla_jax.metrics.oracle import open_oracle
+from nabla_jax.metrics.preprocessing import ImageProcessor
 from nabla_jax.models import autoencoder, clip, dinov2, flux, keypoint_head, lpips, redux, siglip, t5
-from nabla_jax.report import reading
+from nabla_jax.report import pages, reading
 from nabla_jax.toybirds import world as plan
 from nabla_jax.toybirds.oracle import Oracle
 from tests.data import folders, pair_files
@@ -617,7 +618,40 @@ def _results(folder: Path) -> list[Parser]:
         found.metrics, found.of_kind("model"), found.find("toy", "nabla", "rmse")
 
     names = ("evaluation.json", "summary.json", "comparisons.json", "breakdown.json")
-    return [_restoring(folder / name, mutate.objects, read, weight=0.5) for name in names]
+    found = [_restoring(folder / name, mutate.objects, read, weight=0.5) for name in names]
+    return found + _made(folder / "out")
+
+
+def _made(out: Path) -> list[Parser]:
+    """Lists of generated pictures, and the log of a run, as evaluate and the report read them."""
+    root = folders.write_nabirds(out / "data")
+    (out / "secret.png").write_bytes(b"picture")
+    dataset = nabirds.read(root)
+    listed = pairs.benchmark_pairs(root, dataset)
+    benchmark = evaluate.Benchmark(root, dataset, tuple(listed), None, "x")
+    place = out / "set" / "nabla" / "right"
+    place.mkdir(parents=True)
+    log = runs.JsonLines(place / "manifest.jsonl")
+    for pair in listed[:3]:
+        (place / f"{pair.key}.png").write_bytes(b"picture")
+        ids = {"subject_id": pair.subject_id, "target_id": pair.target_id, "subject_used": pair.subject_id}
+        log.append({"pair": pair.key, **ids, "file": f"{pair.key}.png", "seed": 3})
+    log.close()
+    run = runs.JsonLines(out / "run" / "metrics.jsonl")
+    run.extend([{"step": n, "loss": 1 / n} for n in range(1, 5)])
+    run.close()
+
+    def read(path: Path) -> None:
+        for row in evaluate.read_set(path.parent.parent, benchmark).right.values():
+            assert os.path.normpath(row["file"]).startswith(f"{out / 'set'}{os.sep}")
+
+    def curve(path: Path) -> None:
+        assert pages.loss_curve(path.parent).count("<svg") == 1
+
+    return [
+        _restoring(place / "manifest.jsonl", mutate.rows, read, name="lists of generated pictures", weight=0.5),
+        _restoring(out / "run" / "metrics.jsonl", mutate.rows, curve, name="metrics of a run", weight=0.5),
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -850,6 +884,7 @@ def _check_metadata(metadata: adapters.AdapterMetadata) -> None:
 
 
 def _networks(folder: Path) -> list[Parser]:
+    picture = np.zeros((16, 16, 3), np.uint8)
     kinds = {
         "transformer": flux.FluxConfig.dev(),
         "autoencoder": autoencoder.AutoencoderKLConfig(),
@@ -883,6 +918,24 @@ def _networks(folder: Path) -> list[Parser]:
         pipeline.is_kontext(path.parent)
 
     found.append(_seeded(folder / "model_index.json", mutate.objects, index, weight=0.25))
+
+    def levels(path: Path) -> None:
+        found = flow.sigmas(pipeline.scheduler(path.parent.parent), 4, 1024)
+        assert found.shape == (5,) and found[-1] == 0 and np.isfinite(found).all() and (np.diff(found) <= 0).all()
+
+    schedule = folder / "scheduler" / "scheduler_config.json"
+    found.append(_seeded(schedule, mutate.objects, levels, weight=0.5))
+    for name in ("siglip", "dinov2"):
+        path = folder / f"{name}_processor.json"
+        pipeline.write_json(path, getattr(ImageProcessor, name)().to_json())
+
+        def processor(file: Path) -> None:
+            made = ImageProcessor.from_json(file)
+            assert ImageProcessor.from_json(made.to_json()) == made
+            sides = made(picture[None]).shape[2:] if max(made.crop or (0, 0)) < 64 else (1, 1)
+            assert min(sides) > 0
+
+        found.append(_seeded(path, mutate.objects, processor, name=f"image processor of {name}", weight=0.4))
     return found
 
 
