@@ -43,7 +43,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from nabla_jax import config as configs
-from nabla_jax import runs
+from nabla_jax import runs, untrusted
 from nabla_jax.data import Example, controls, read_dataset
 from nabla_jax.data.dataset import class_index
 from nabla_jax.data.loader import FEATURES, MANIFEST, SCHEMA, TEXT, check_files, shard_name
@@ -415,6 +415,7 @@ def _settings(config: configs.Config, encoders: Encoders, captions: Sequence[str
 def _joined(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that the first process wrote, which must be this one's too."""
     found = runs.read_json(folder / SETTINGS)
+    untrusted.check(found, dict[str, Any], str(folder / SETTINGS))
     if found != settings | {"data": found.get("data")}:
         raise UserError(f"{folder / SETTINGS}: the first process has other settings: {_changes(found, settings)}")
     return dict(found)
@@ -429,6 +430,7 @@ def _claim(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
             f"{folder}: holds {others[0]}, which prepare did not write; expected an empty or a prepared folder"
         )
     found = runs.read_json(path) if path.is_file() else None
+    untrusted.check(found, dict[str, Any] | None, str(path))
     if found is None and (folder / MANIFEST).is_file():
         found = {}
     if found is not None and found != settings:

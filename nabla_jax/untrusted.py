@@ -96,9 +96,9 @@ def _check_fields(value: Any, kind: Any, where: str, name: str) -> None:
 
 
 def _is_plain(value: Any, kind: type) -> bool:
-    if kind is float:
-        return type(value) is float or (type(value) is int and abs(value) < 2**63)
-    return type(value) is kind and (kind is not int or abs(value) < 2**63)
+    if type(value) is int:
+        return kind in (int, float) and abs(value) < 2**63
+    return type(value) is kind
 
 
 def _below(name: str, key: object) -> str:

@@ -1,5 +1,6 @@
 """Configurations, run folders, lists and pictures that were found to raise something else than a UserError."""
 
+import functools
 import io
 import json
 from collections.abc import Callable
@@ -11,12 +12,14 @@ import pytest
 from PIL import Image
 
 from nabla_jax import config as configs
-from nabla_jax import evaluate, flow, images, plates, runs
+from nabla_jax import evaluate, flow, images, plates, prepare, runs
 from nabla_jax.checkpoints import pipeline
 from nabla_jax.errors import UserError
 from nabla_jax.extract import work
 from nabla_jax.hashing import file_sha256
+from nabla_jax.metrics import summary
 from nabla_jax.report import pages, reading
+from nabla_jax.toybirds import write_world
 from tests.data import folders
 from tests.fuzz import mutate, parsers
 
@@ -139,6 +142,11 @@ def folders_dataset(root: Path) -> Any:
     from nabla_jax.data import read_dataset
 
     return read_dataset(root)
+
+
+def test_scores_that_are_no_csv(tmp_path: Path) -> None:
+    (tmp_path / "s.csv").write_text("pair\n" + "x" * 140_000)
+    refused(lambda: summary.from_csv(tmp_path / "s.csv"), "s.csv: damaged")
 
 
 def test_metrics_without_numbers(tmp_path: Path) -> None:
@@ -265,3 +273,26 @@ def test_a_long_thin_picture_is_read(tmp_path: Path) -> None:
 def test_formats_that_no_photo_has_are_not_opened(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "p").write_bytes(data)
     refused(lambda: images.read_rgb(tmp_path / "p"), "not a picture in a known format")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What commands left in their folders
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["3", "[]", '{"schema": 1}', '{"a":' * 50_000])
+def test_sidecars_of_other_versions(text: str, tmp_path: Path) -> None:
+    root = folders.write_nabirds(tmp_path / "nabirds", per_class=2)
+    runs.write_atomic(root / work.FOLDER / "masks.json", text)
+    wanted = {"schema": 1, "settings": {}, "checkpoints": {}}
+    call = functools.partial(work._claim, work.Folder.open(root), "masks", wanted, False, work.Shard())
+    refused(call, "masks.json: ")
+
+
+@pytest.mark.parametrize("text", ["3", "[]", "[" * 50_000])
+def test_settings_of_other_versions(text: str, tmp_path: Path) -> None:
+    (tmp_path / prepare.SETTINGS).write_text(text)
+    refused(lambda: prepare._claim(tmp_path, {"a": 1}, False), f"{prepare.SETTINGS}: ")
+    refused(lambda: prepare._joined(tmp_path, {"a": 1}), f"{prepare.SETTINGS}: ")
+    (tmp_path / "world.json").write_text(text)
+    refused(lambda: write_world(tmp_path, progress=False), "world.json: ")

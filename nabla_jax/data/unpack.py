@@ -47,10 +47,11 @@ def _checked(index: Path, found: Any, kind: Any, files: Sequence[str]) -> list[R
     try:
         untrusted.check(rows, list[kind], str(index), "rows")
         for row in rows:
-            for name in files:
-                file = row.get(name, FOLDER)
-                if type(file) is not str or untrusted.below(index.parent, file) is None:
-                    raise UserError(f"{index}: {name}: found {str(file)[:100]!r}, expected a path below the folder")
+            for name in (name for name in files if name in row):
+                file = untrusted.below(index.parent, row[name]) if type(row[name]) is str else None
+                if file is None or not file.is_file():
+                    what = f"{name}: found {str(row[name])[:100]!r}"
+                    raise UserError(f"{index}: {what}, expected the path of a file below the folder")
     except UserError as error:
         raise UserError(f"{error}; delete {index.parent} to have it made again") from error
     return rows

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from nabla_jax.errors import UserError
 from nabla_jax.extract import checkpoints
 from nabla_jax.extract.segmentation import NotFound
 from nabla_jax.extract.wording import Wording
+from nabla_jax.untrusted import check, read_json
 
 Array = np.ndarray[Any, Any]
 
@@ -111,15 +112,20 @@ def prepare(image: Array, prompt: str, folder: Path) -> dict[str, Any]:
     }
 
 
+class _Template(TypedDict):
+    chat_template: str
+
+
 @functools.cache
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    from nabla_jax.runs import read_json
-
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if tokenizer.chat_template is None and (folder / "chat_template.json").is_file():
-        tokenizer.chat_template = read_json(folder / "chat_template.json")["chat_template"]
+    path = folder / "chat_template.json"
+    if tokenizer.chat_template is None and path.is_file():
+        found = read_json(path)
+        check(found, _Template, str(path))
+        tokenizer.chat_template = found["chat_template"]
     if tokenizer.chat_template is None:
         raise UserError(f"{folder}: found no chat template in tokenizer_config.json or chat_template.json")
     return tokenizer

@@ -23,7 +23,7 @@ from typing import Any, Literal, TypedDict
 
 import numpy as np
 
-from nabla_jax import draws, runs
+from nabla_jax import draws, runs, untrusted
 from nabla_jax.config import Config, Extract
 from nabla_jax.data import Dataset, Example, inaturalist, keypoint_file, read_dataset
 from nabla_jax.data.dataset import control_file
@@ -44,6 +44,18 @@ class _Row(TypedDict):
     """What every row has."""
 
     id: str
+
+
+class _Checkpoint(TypedDict):
+    sha256: str
+
+
+class _Sidecar(TypedDict):
+    """What the files of a kind depend on."""
+
+    schema: int
+    settings: dict[str, Any]
+    checkpoints: dict[str, _Checkpoint]
 
 
 SCHEMA = 1
@@ -390,6 +402,7 @@ def _claim(folder: Folder, what: What, wanted: dict[str, Any], overwrite: bool, 
     """
     path = folder.root / FOLDER / f"{what}.json"
     found = runs.read_json(path) if path.is_file() else None
+    untrusted.check(found, _Sidecar | None, str(path))
     if found is not None and _comparable(found) != _comparable(wanted):
         if not overwrite:
             told = _differences(_comparable(found), _comparable(wanted))

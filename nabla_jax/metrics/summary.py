@@ -150,7 +150,7 @@ def from_csv(path: pathlib.Path) -> list[PairScore]:
     """Inverse of `to_csv` on a file. Raises UserError naming the file."""
     try:
         return parse_csv(path.read_text())
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OSError, csv.Error) as error:
         raise UserError(f"{path}: damaged ({error}), delete it to have it made again") from error
 
 

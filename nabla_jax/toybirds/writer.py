@@ -16,6 +16,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -26,6 +27,7 @@ from nabla_jax.toybirds.captions import background_caption, long_caption
 from nabla_jax.toybirds.identity import draw_identity
 from nabla_jax.toybirds.render import KEYPOINTS, Render, render
 from nabla_jax.toybirds.world import Clip, NabirdsImage, Node, Observation, Picture, Settings, scene_of
+from nabla_jax.untrusted import check, read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,10 +213,8 @@ def _is_written(out: Path, settings: Settings) -> bool:
     marker = out / "world.json"
     if not marker.is_file():
         raise UserError(f"{out}: found a folder without world.json, expected an empty or missing folder")
-    try:
-        found = json.loads(marker.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{marker}: not valid JSON ({error})") from error
+    found = read_json(marker)
+    check(found, dict[str, Any], str(marker))
     wanted = settings.to_json()
     if found != wanted:
         names = sorted(k for k in {*wanted, *found} if wanted.get(k) != found.get(k))

@@ -1,5 +1,7 @@
 """Data files that were found to raise something else than a UserError, to leave their folder or to be read wrongly."""
 
+import csv
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from nabla_jax.data import (
@@ -60,6 +64,21 @@ def test_a_field_of_two_lines_keeps_them_apart(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes(b'a,b\r\n"one\r\ntwo",3\r\n4,5\r\n')
     rows = read_csv(tmp_path / "t.csv", ("a", "b"), Problems())
     assert rows == [(3, {"a": "one\r\ntwo", "b": "3"}), (4, {"a": "4", "b": "5"})]
+
+
+CELLS = st.text(st.characters(exclude_categories=("Cs", "Cc", "Zs", "Zl", "Zp")), min_size=1, max_size=6)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cells=st.lists(st.tuples(CELLS, CELLS), max_size=5), end=st.sampled_from(["\n", "\r\n"]))
+def test_lists_are_read_as_they_were_written(cells: list[tuple[str, str]], end: str, tmp_path: Path) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator=end).writerows([("a", "b"), *cells])
+    (tmp_path / "t.csv").write_bytes(text.getvalue().encode())
+    problems = Problems()
+    rows = read_csv(tmp_path / "t.csv", ("a", "b"), problems)
+    assert [(row["a"], row["b"]) for _, row in rows] == cells and len(problems) == 0
+    assert [line for line, _ in rows] == list(range(2, 2 + len(cells)))
 
 
 @pytest.mark.parametrize(
@@ -206,10 +225,11 @@ def test_a_deep_list_of_inaturalist_2021(tmp_path: Path) -> None:
     ("change", "told"),
     [
         (lambda c: c.pop("rows"), "rows: found None"),
-        (lambda c: c["rows"][0].update(image="../../../secret.jpg"), "expected a path below the folder"),
-        (lambda c: c["rows"][0].update(image="/etc/hostname"), "expected a path below the folder"),
-        (lambda c: c["rows"][0].update(mask="../secret.png"), "expected a path below the folder"),
-        (lambda c: c["rows"][0].update(mask=3), "expected a path below the folder"),
+        (lambda c: c["rows"][0].update(image="../../../secret.jpg"), "expected the path of a file below the folder"),
+        (lambda c: c["rows"][0].update(image="/etc/hostname"), "expected the path of a file below the folder"),
+        (lambda c: c["rows"][0].update(mask="../secret.png"), "expected the path of a file below the folder"),
+        (lambda c: c["rows"][0].update(image="images/z.jpg"), "expected the path of a file below the folder"),
+        (lambda c: c["rows"][0].update(mask=3), "expected the path of a file below the folder"),
         (lambda c: c["rows"][0].pop("class_id"), "rows.0: missing class_id"),
         (lambda c: c["rows"][0].update(split="x"), "rows.0.split: found 'x'"),
     ],
