@@ -3,6 +3,7 @@
 # make toy-assets  — every shipped checkpoint from nothing; a day on two cores
 # make test  — every test but those of the browser; both install what they need into .venv first
 # make test-browser — the report and the page of pairs in a headless Chromium, which apt-get installs where there is none
+# make fuzz  — a hundred thousand damaged inputs to every reader of outside files; minutes (docs/trust.md)
 # make plan-tpu — the TPU compiler in .venv-tpu, which needs no TPU: python -m nabla_jax.plan then asks it (docs/plan.md)
 #
 # PYTHON=python3.12    another interpreter (3.11 or newer)
