@@ -569,8 +569,16 @@ def to_images(pixels: Array) -> Array:
 
 
 def to_pixels(images: jax.Array) -> Array:
-    """[B, 3, H, W] nominally in [-1, 1] -> [B, H, W, 3] uint8, rounded and clipped."""
+    """[B, 3, H, W] nominally in [-1, 1] -> [B, H, W, 3] uint8, rounded and clipped.
+
+    Raises UserError for NaN and infinity, which would become some grey: numbers of damaged weights end here.
+    """
     grey = (np.asarray(images, np.float32) + np.float32(1)) * np.float32(127.5)
+    if not np.isfinite(grey).all():
+        raise UserError(
+            "the drawn picture holds NaN or infinity, expected numbers: the weights of the base or of the adapter are "
+            "damaged, or of another model"
+        )
     return np.moveaxis(np.clip(np.rint(grey), 0, 255).astype(np.uint8), 1, -1)
 
 

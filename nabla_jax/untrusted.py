@@ -50,7 +50,7 @@ def check(value: Any, kind: Any, where: str, name: str = "") -> None:
 
     ``kind`` is a type of plain JSON as annotations write it: ``str``, ``bool``, ``int`` (64 bits), ``float`` (any
     number), ``list[...]``, ``dict[str, ...]``, ``... | None``, ``Literal``, ``Any``, a tuple type for a list, or a
-    TypedDict, whose fields must be there and may have others beside them.
+    TypedDict, whose fields must be there, unless they are NotRequired, and may have others beside them.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
@@ -87,12 +87,13 @@ def _check_fields(value: Any, kind: Any, where: str, name: str) -> None:
     if not isinstance(value, dict):
         raise _wrong(value, "an object", where, name)
     fields = typing.get_type_hints(kind)
-    missing = [field for field in fields if field not in value]
+    missing = [field for field in fields if field in kind.__required_keys__ and field not in value]
     if missing:
         what = f"{name}: " if name else ""
         raise UserError(f"{where}: {what}missing {', '.join(missing)}, expected an object with {', '.join(fields)}")
     for field, inner in fields.items():
-        check(value[field], inner, where, _below(name, field))
+        if field in value:
+            check(value[field], inner, where, _below(name, field))
 
 
 def _is_plain(value: Any, kind: type) -> bool:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nabla_jax import api, evaluate, flow, images, plates, prepare, runs
 from nabla_jax import config as configs
-from nabla_jax import evaluate, flow, images, plates, prepare, runs
 from nabla_jax.checkpoints import pipeline
 from nabla_jax.errors import UserError
 from nabla_jax.extract import work
@@ -201,6 +201,14 @@ def test_schedules_that_are_no_object(text: str, tmp_path: Path) -> None:
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(text)
     refused(lambda: pipeline.scheduler(tmp_path), "scheduler_config.json: ")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_pictures_of_damaged_weights(value: float) -> None:
+    drawn = np.zeros((1, 3, 2, 2), np.float32)
+    assert api.to_pixels(drawn).tolist() == np.full((1, 2, 2, 3), 128).tolist()
+    drawn[0, 1, 1, 0] = value
+    refused(lambda: api.to_pixels(drawn), "NaN or infinity")
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "x" * 300, "x/" * 3000])

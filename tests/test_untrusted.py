@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nabla_jax import untrusted
+from nabla_jax import runs, untrusted
 from nabla_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -186,6 +186,21 @@ def test_no_path_leaves(name: str) -> None:
     if path is not None:
         assert str(path.resolve()).startswith("/data/")
         path.is_file()  # never raises
+
+
+def test_links_are_followed_in_reading_and_replaced_in_writing(tmp_path: Path) -> None:
+    """As docs/trust.md says: large folders are kept on other disks, and nothing is written through a link."""
+    far, root = tmp_path / "disk", tmp_path / "data"
+    far.mkdir()
+    root.mkdir()
+    (far / "a.json").write_text("[1]")
+    (root / "images").symlink_to(far)
+    (root / "own.json").symlink_to(far / "a.json")
+    path = untrusted.below(root, "images/a.json")
+    assert path is not None and untrusted.read_json(path) == [1]
+    runs.write_json(root / "own.json", [2])
+    assert not (root / "own.json").is_symlink()
+    assert untrusted.read_json(far / "a.json") == [1] and untrusted.read_json(root / "own.json") == [2]
 
 
 def test_names_of_files() -> None:

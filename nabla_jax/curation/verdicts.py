@@ -12,6 +12,7 @@ from nabla_jax.data.dataset import Dataset
 from nabla_jax.data.problems import Problems
 from nabla_jax.data.tables import header_of, read_csv
 from nabla_jax.errors import UserError
+from nabla_jax.untrusted import whole_number
 
 COLUMNS = ("class_id", "image_1", "image_2", "reviewer", "verdict")
 ACCEPT, REJECT, SKIP = "accept", "reject", "skip"
@@ -73,7 +74,7 @@ def read(paths: Sequence[Path], dataset: Dataset) -> list[Verdict]:
                 if example is None:
                     said = f"{column}: {row[column]} is not a picture of {dataset.root}"
                     problems.error(path, line, said, "was the page made for another folder?")
-                elif not row["class_id"].isdecimal() or int(row["class_id"]) != example.class_id:
+                elif whole_number(row["class_id"]) != example.class_id:
                     said = f"class_id {row['class_id']}, but {column} is of class {example.class_id}"
                     problems.error(path, line, said, "correct the class or the picture")
                 else:

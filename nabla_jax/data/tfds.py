@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from nabla_jax import runs
 from nabla_jax.conditioning.geometry import clip_box
@@ -59,6 +59,8 @@ class _Picture(TypedDict):
     class_id: int
     class_name: str
     split: Literal["train", "test"]
+    box: NotRequired[tuple[int, int, int, int] | None]
+    mask: NotRequired[str]
 
 
 def is_layout(root: Path) -> bool:

@@ -217,8 +217,8 @@ def read(folders: Mapping[str, Path]) -> Results:
 
 def _read_one(folder: Path) -> _Evaluation:
     about = _checked(folder / "evaluation.json", _About)
-    kinds = {"summary": _Row, "comparisons": _Comparison, "breakdown": _Part}
-    rows, comparisons, breakdown = (_checked(folder / f"{n}.json", list[kind]) for n, kind in kinds.items())
+    kinds: dict[str, Any] = {"summary": list[_Row], "comparisons": list[_Comparison], "breakdown": list[_Part]}
+    rows, comparisons, breakdown = (_checked(folder / f"{n}.json", kind) for n, kind in kinds.items())
     benchmarks, models = {b["name"] for b in about["benchmarks"]}, _kinds(about)
     fingerprints = [b["fingerprint"] for b in about["benchmarks"]]
     for name in [*benchmarks, *models, *fingerprints]:

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from nabla_jax.curation import verdicts
 from nabla_jax.data import (
     inat21,
     inaturalist,
@@ -122,6 +123,15 @@ def test_class_ids_that_are_no_number(class_id: str, tmp_path: Path) -> None:
     refused(problems.refuse, "l.csv:2: ")
 
 
+@pytest.mark.parametrize("class_id", ["²", "9" * 5000])
+def test_verdicts_on_classes_that_are_no_number(class_id: str, tmp_path: Path) -> None:
+    dataset = nabirds.read(folders.write_nabirds(tmp_path / "nabirds", per_class=2))
+    sides = [example.image.relative_to(dataset.root).as_posix() for example in dataset.examples[:2]]
+    rows = (verdicts.COLUMNS, (class_id, *sides, "Ann", "accept"))
+    parsers.write_table(tmp_path / "v.csv", *rows)
+    refused(lambda: verdicts.read([tmp_path / "v.csv"], dataset), "v.csv:2: class_id")
+
+
 @pytest.mark.parametrize(
     ("row", "told"),
     [
@@ -229,8 +239,9 @@ def test_a_deep_list_of_inaturalist_2021(tmp_path: Path) -> None:
         (lambda c: c["rows"][0].update(image="/etc/hostname"), "expected the path of a file below the folder"),
         (lambda c: c["rows"][0].update(mask="../secret.png"), "expected the path of a file below the folder"),
         (lambda c: c["rows"][0].update(image="images/z.jpg"), "expected the path of a file below the folder"),
-        (lambda c: c["rows"][0].update(mask=3), "expected the path of a file below the folder"),
+        (lambda c: c["rows"][0].update(mask=3), "rows.0.mask: found 3, expected a text"),
         (lambda c: c["rows"][0].pop("class_id"), "rows.0: missing class_id"),
+        (lambda c: c["rows"][0].update(box=[0, 4, 5]), "rows.0.box: found [0, 4, 5], expected a list of 4"),
         (lambda c: c["rows"][0].update(split="x"), "rows.0.split: found 'x'"),
     ],
 )

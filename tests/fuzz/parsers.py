@@ -19,6 +19,7 @@ from nabla_jax import config as configs
 from nabla_jax import evaluate, fetch, flow, images, plates, runs
 from nabla_jax.checkpoints import adapters, pipeline, safetensors_io
 from nabla_jax.checkpoints.adapter_formats import Pair
+from nabla_jax.curation import verdicts
 from nabla_jax.data import (
     Dataset,
     clips,
@@ -201,6 +202,17 @@ def _lists(folder: Path) -> list[Parser]:
         Parser("lists to fetch", lists[1:], commas, _file(folder / "fetch.csv", wanted)),
         _seeded(folder / "nabirds" / "pairs.csv", commas, benchmark, name="benchmark's pairs"),
     ]
+
+    first, second = dataset.examples[0], dataset.examples[1]
+    sides = [example.image.relative_to(dataset.root).as_posix() for example in (first, second)]
+    judged = [(first.class_id, *sides, name, said) for name, said in (("Ann", "accept"), ("Bo", "reject"))]
+    write_table(folder / "verdicts.csv", verdicts.COLUMNS, *judged)
+
+    def judgements(path: Path) -> None:
+        said = {(v.reviewer, v.verdict) for v in verdicts.read([path], dataset)}
+        assert said == {(row["reviewer"], row["verdict"]) for row in _rows_of(path)}
+
+    found.append(_seeded(folder / "verdicts.csv", commas, judgements))
 
     Image.new("RGB", (8, 6)).save(folder / "a.png")
     Image.new("L", (8, 6)).save(folder / "mask.png")
