@@ -99,7 +99,7 @@ def propose(dataset: datasets.Dataset, arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.colour <= 1:
         raise UserError(f"--colour: found {arguments.colour}, expected 0 to 1")
     if not arguments.dinov2:
-        raise UserError("--dinov2: found nothing, expected a folder or asset:toy-dinov2")
+        raise UserError("--dinov2: found nothing, expected a folder or asset:NAME")
     if not arguments.varied > 0:
         raise UserError(f"--varied: found {arguments.varied}, expected more than 0")
     settings = review.Settings(
