@@ -1,8 +1,8 @@
 """What the real TPU compiler says of the paper's run: ``.venv-tpu/bin/python -m benchmarks.plan_tpu``.
 
-Needs ``make plan-tpu`` and no TPU. Each case is one ``python -m nabla_jax.plan`` in a process of its own, which compiles
-the true training step at full size; what it prints is added to ``benchmarks/results/plan_tpu.json``. Cases that are
-recorded there are not run again. Prints all records as a table.
+Needs ``make plan-tpu`` and no TPU. Each case is one ``python -m nabla_jax.plan`` in a process of its own, which
+compiles the true training step at full size; what it finds is added to ``benchmarks/results/plan_tpu.json``. Cases that
+are recorded there are not run again. Prints all records as a table.
 """
 
 import argparse
@@ -29,14 +29,19 @@ class Case(NamedTuple):
     topology: str
     mesh: str
     batch: int
+    attention: str = "splash"
     config: str = "configs/omk_keypoints.py"
 
 
-CASES = (
-    Case("v5e:2x4", "fsdp=8", 8),
-    Case("v6e:2x4", "fsdp=8", 8),
-    Case("v5p:2x2x1", "fsdp=4", 4),
-    Case("v5e:4x4", "fsdp=16", 16),
+CASES = tuple(
+    Case(topology, mesh, batch, attention)
+    for attention in ("splash", "chunked")
+    for topology, mesh, batch in (
+        ("v5e:2x4", "fsdp=8", 8),
+        ("v6e:2x4", "fsdp=8", 8),
+        ("v5p:2x2x1", "fsdp=4", 4),
+        ("v5e:4x4", "fsdp=16", 16),
+    )
 )
 
 
@@ -46,7 +51,8 @@ def measure(case: Case) -> dict[str, Any]:
         file = Path(folder) / "plan.json"
         command = [
             sys.executable, "-m", "nabla_jax.plan", "--config", case.config, "--topology", case.topology,
-            "--mesh", case.mesh, f"--config.train.batch={case.batch}", "--compile", "yes", "--json", str(file),
+            "--mesh", case.mesh, f"--config.train.batch={case.batch}",
+            f"--config.base.attention={case.attention}", "--compile", "yes", "--json", str(file),
         ]  # fmt: skip
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": FLAGS}
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
@@ -73,14 +79,17 @@ def machine() -> str:
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
     """All records in Markdown; GiB of one device."""
-    rows = ["| topology | mesh | batch | planned | arguments | temporaries | peak | room | fits | compiled in |"]
-    rows.append("|" + "---|" * 10)
+    rows = [
+        "| topology | mesh | batch | attention | planned | arguments | temporaries | peak | room | fits | compiled in |"
+    ]
+    rows.append("|" + "---|" * 11)
     for one in records:
         case, compiled, planned = one["case"], one["compiled"], one["planned"]
         found = [compiled[key] / GIB for key in ("arguments", "temporaries", "peak")]
         sizes = [f"{value:.2f}" if compiled["fits"] else "" for value in found]
         cells = [
-            case["topology"], case["mesh"], str(case["batch"]), f"{planned['total'] / GIB:.2f}", *sizes,
+            case["topology"], case["mesh"], str(case["batch"]), case["attention"],
+            f"{planned['total'] / GIB:.2f}", *sizes,
             f"{planned['room'] / GIB:.2f}", "yes" if compiled["fits"] else "no", f"{compiled['seconds']:.0f} s",
         ]  # fmt: skip
         rows.append("| " + " | ".join(cells) + " |")
@@ -91,9 +100,14 @@ def main() -> None:
     """Runs what is missing, case by case, and prints everything."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="topologies, separated by commas (default: all)")
+    parser.add_argument("--attention", default="", help="kernels, separated by commas (default: all)")
     parser.add_argument("--again", action="store_true", help="run cases that are recorded, too, and replace them")
     options = parser.parse_args()
-    wanted = [case for case in CASES if not options.only or case.topology in options.only.split(",")]
+    wanted = [
+        case for case in CASES
+        if case.topology in (options.only or case.topology).split(",")
+        and case.attention in (options.attention or case.attention).split(",")
+    ]  # fmt: skip
     records = runs.read_json(RESULTS) if RESULTS.is_file() else []
     for case in wanted:
         same = [one for one in records if one["case"] == case._asdict()]

@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh
 
 from nabla_jax import assets, optim, training
 from nabla_jax import config as configs
+from nabla_jax.checkpoints import pipeline
 from nabla_jax.checkpoints.safetensors_io import read_header
 from nabla_jax.data.records import RecordReader, encode_record, write_shard
 from nabla_jax.errors import UserError
@@ -22,6 +23,7 @@ from nabla_jax.models.partitioning import AXES
 from nabla_jax.parallel import rules
 from nabla_jax.plan import ahead, count, machines, memory, meshes, networks, planning, roofline
 from nabla_jax.plan.__main__ import main
+from tests import fixtures
 
 EMBEDDED = "configs/omk_fill.py:toy"
 TINY = flux.FluxConfig(
@@ -61,6 +63,26 @@ def test_published_sizes_are_known_without_their_folder() -> None:
     # 11.90 B parameters in bfloat16; rank 16 is 57.95 M parameters in float32.
     assert meshes.tree_bytes(graph.base) == pytest.approx(2 * 11.90e9, rel=1e-3)
     assert meshes.tree_bytes(graph.state["adapters"]) == pytest.approx(4 * 57.95e6, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "nf4"])
+def test_a_quantised_base_has_the_bytes_of_its_arrays(planner: planning.Planner, tmp_path: Path, kind: str) -> None:
+    config = configs.load(EMBEDDED, {"base.quantise": kind, "train.remat": "full"})
+    architecture = dataclasses.replace(planner.architecture, transformer=TINY)
+    found = networks.make(config, architecture)
+    params = fixtures.random_params(lambda rngs: flux.Flux(TINY, rngs=rngs), np.random.default_rng(0))
+    pipeline.save_part(tmp_path, "transformer", TINY, params)
+    base = pipeline.load_transformer(tmp_path, dtype=config.train.dtype, quantise=kind).params
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
+    assert memory.sizes(config, found, 0).base == meshes.tree_bytes(found.base) == held
+    assert held < meshes.tree_bytes(params) / 2
+    # Whole weights beside them: of no more than two blocks, and of all where nothing is computed again.
+    mesh, each = meshes.parse_mesh("", 1), memory.Activations(0, 0, 0)
+    whole = {name: meshes.tree_bytes(params[name]) for name in flux.STACKED}
+    under_way = memory.per_device(config, found, mesh, each)
+    assert under_way.base == held and under_way.gathered == 2 * max(whole.values())
+    kept = dataclasses.replace(config, train=dataclasses.replace(config.train, remat="none"))
+    assert memory.per_device(kept, found, mesh, each).gathered == sum(whole.values())
 
 
 @pytest.mark.parametrize("name", ["prodigy", "adamw"])
@@ -285,6 +307,8 @@ def test_the_compiled_step_takes_the_bytes_of_the_plan(planner: planning.Planner
     # The mask's weight and whatever else nothing reads is no argument of the program.
     assert compiled.arguments == pytest.approx(stored.base + stored.checkpoint + batch, rel=0.01)
     assert compiled.results < 0.01 * stored.checkpoint  # the state is donated
+    # The traced and compiled step itself: more than a page, far less than a gigabyte.
+    assert 2**20 < compiled.program < 2**30 and compiled.process == compiled.total + compiled.program
 
 
 def test_without_a_compiler_one_line_says_how_to_get_it(planner: planning.Planner, monkeypatch: Any) -> None:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from nabla_jax import host_memory
 from nabla_jax.errors import UserError
 
 Item = TypeVar("Item")
@@ -154,10 +155,12 @@ def wait_for_all(name: str) -> None:
 def compile_together(function: jax.stages.Wrapped, *arguments: Any) -> None:
     """Compiles a jitted function for these arguments in every process, before any of them runs it; all must call it.
 
-    The first exchange between CPUs gives the others half a minute to come, and compilation may take them longer.
+    The first exchange between CPUs gives the others half a minute to come, and compilation may take them longer. What
+    the compiler has freed is given back before the function's own arrays come.
     """
+    function.lower(*arguments).compile()
+    host_memory.give_back()
     if jax.process_count() > 1:
-        function.lower(*arguments).compile()
         wait_for_all("compiled")
 
 

@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
         )  # fmt: skip
         parser.add_argument(
             "--compile", choices=("auto", "yes", "no"), default="auto",
-            help="compile the true training step for the topology; auto: for TPUs, if their compiler is installed",
+            help="compile the true training step for the topology; auto: for cpu, and for TPUs if there is a compiler",
         )  # fmt: skip
         parser.add_argument("--json", metavar="FILE", help="write everything to a file, too")
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
     print(table(config.source, plan, planner.architecture.published, options.pictures))
     print(verdict(plan, nearest), flush=True)
     compiled = None
-    wanted = options.compile == "yes" or (options.compile == "auto" and topology.device.kind == "tpu")
+    wanted = options.compile == "yes" or (options.compile == "auto" and topology.device.kind != "gpu")
     if wanted and options.compile == "auto" and not ahead.can_compile(topology):
         print(f"compiler: there is none for {topology.name} here; make plan-tpu installs it")
     elif wanted:
@@ -76,6 +76,8 @@ def main(argv: Sequence[str]) -> None:
         print(f"compiler: compiling the training step for {topology.name}, which takes minutes", flush=True)
         compiled = ahead.compile_step(config, planner.networks, topology, mesh)
         print(compiler_line(compiled))
+        if topology.device.kind == "cpu":
+            print(f"a training process: about {size(compiled.process)} beyond its imports")
     if options.json:
         runs.write_json(Path(options.json), content(config.source, plan, nearest, compiled))
 
@@ -105,7 +107,7 @@ def table(source: str, plan: "Plan", published: Sequence[str], pictures: int) ->
     device, training, batch = plan.topology.device, work.training, batch_text(config.train)
     rows: list[tuple[str, list[tuple[str, str]]]] = [
         ("parameters", [
-            (f"frozen base, {config.train.dtype}", size(stored.base)),
+            (f"frozen base, {base_format(config)}", size(stored.base)),
             ("autoencoder, float32", size(stored.vae)),
             ("text encoders, bfloat16 (not held while training)", size(stored.text_encoders)),
             *([(f"Redux and SigLIP, {config.train.dtype}", size(stored.redux))] if stored.redux else []),
@@ -126,7 +128,7 @@ def table(source: str, plan: "Plan", published: Sequence[str], pictures: int) ->
             ("adapters, optimizer, average", size(held.state)),
             ("gradients", size(held.gradients)),
             ("other networks", size(held.others)),
-            ("gathered weights (estimate)", size(held.gathered)),
+            ("whole weights of blocks (estimate)", size(held.gathered)),
             (f"activations, remat {config.train.remat} (estimate)", size(held.activations)),
             ("together (estimate)", f"{size(held.total)} of {size(plan.room)}"),
         ]),
@@ -157,6 +159,12 @@ def table(source: str, plan: "Plan", published: Sequence[str], pictures: int) ->
 def batch_text(train: "configs.Train") -> str:
     """``16``, or ``16 in 4 parts``."""
     return f"{train.batch} in {train.accumulate} parts" if train.accumulate > 1 else str(train.batch)
+
+
+def base_format(config: configs.Config) -> str:
+    """What the numbers of the frozen base are kept in."""
+    quantise = config.base.quantise
+    return config.train.dtype if quantise == "none" else f"{config.train.dtype}, blocks {quantise}"
 
 
 def verdict(plan: "Plan", nearest: "Plan | None") -> str:
@@ -210,7 +218,7 @@ def content(source: str, plan: "Plan", nearest: "Plan | None", compiled: "Compil
         "utilisation": plan.utilisation,
         "device_hours": {"training": plan.training_hours, "evaluation": plan.evaluation_hours},
         "nearest": planning.changes(plan, nearest) if nearest else None,
-        "compiled": plain(compiled) if compiled else None,
+        "compiled": plain(compiled) | {"process": compiled.process} if compiled else None,
     }
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from nabla_jax import training
+from nabla_jax import host_memory, training
 from nabla_jax.config import Config
 from nabla_jax.errors import UserError
 from nabla_jax.models import attention
@@ -35,6 +35,8 @@ class Compiled:
       fits: whether it accepted the program; what it said is ``message``, empty if it did.
       arguments, temporaries, results: bytes; results that take the place of arguments are not counted.
       peak: as the compiler gives it, 0 where it does not.
+      program: that this process holds beyond before, for the traced and the compiled step: on processors their memory
+        is the arrays', too. 0 where the system does not tell.
       seconds: that lowering and compiling took.
     """
 
@@ -44,12 +46,18 @@ class Compiled:
     temporaries: int = 0
     results: int = 0
     peak: int = 0
+    program: int = 0
     seconds: float = 0.0
 
     @property
     def total(self) -> int:
         """Arguments, temporaries and results together."""
         return self.arguments + self.temporaries + self.results
+
+    @property
+    def process(self) -> int:
+        """What a training process on processors takes beyond its imports."""
+        return self.total + self.program
 
 
 def can_compile(topology: Topology) -> bool:
@@ -78,7 +86,7 @@ def compile_step(config: Config, found: Networks, topology: Topology, shape: Mes
         kernel = attention.ahead(config.base.attention, found.architecture.transformer.attention_head_dim)
         method = dataclasses.replace(method, attention=kernel)
     step: Any = training.make_step(method, found.optimizer, config, state)
-    start = time.perf_counter()
+    start, before = time.perf_counter(), host_memory.anonymous()
     with jax.set_mesh(mesh):
         lowered = step.lower(*arguments)
         try:
@@ -90,10 +98,12 @@ def compile_step(config: Config, found: Networks, topology: Topology, shape: Mes
             message = next(line for line in str(error).splitlines() if line.strip())
             return Compiled(False, message, seconds=time.perf_counter() - start)
     used = compiled.memory_analysis()
+    # As training does before its first step, see ``processes.compile_together``.
+    host_memory.give_back()
     return Compiled(
         True, "", used.argument_size_in_bytes, used.temp_size_in_bytes,
         used.output_size_in_bytes - used.alias_size_in_bytes, int(getattr(used, "peak_memory_in_bytes", 0)),
-        time.perf_counter() - start,
+        max(host_memory.anonymous() - before, 0), time.perf_counter() - start,
     )  # fmt: skip
 
 

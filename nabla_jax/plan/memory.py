@@ -14,6 +14,7 @@ from nabla_jax.config import Config
 from nabla_jax.data.pictures import roles
 from nabla_jax.data.records import encode_record
 from nabla_jax.models import flux, layers
+from nabla_jax.models.quantised import Quantised
 from nabla_jax.parallel import rules
 from nabla_jax.plan import count, networks
 from nabla_jax.plan.meshes import MeshShape, tree_bytes
@@ -168,7 +169,8 @@ class PerDevice:
     Attributes:
       base, state, gradients: parts of what is stored, by the mesh.
       others: networks that are held beside the base.
-      gathered: whole weights of the blocks under way, where the base is cut over fsdp.
+      gathered: whole weights of the blocks under way, where the base is cut over fsdp or quantised; of a quantised base
+        that is not computed again all of them, for the backward pass.
       activations: of the samples of this device.
     """
 
@@ -185,6 +187,15 @@ class PerDevice:
         return sum(dataclasses.astuple(self))
 
 
+def _whole_bytes(tree: Any, dtype: str) -> int:
+    """Bytes of a tree whose quantised weights are made whole in ``dtype``."""
+
+    def whole(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, dtype) if isinstance(leaf, Quantised) else leaf
+
+    return tree_bytes(jax.tree.map(whole, tree, is_leaf=lambda leaf: isinstance(leaf, Quantised)))
+
+
 def per_device(config: Config, found: Networks, mesh: MeshShape, each: Activations) -> PerDevice:
     """What one device of a mesh holds when ``train.batch`` is cut over data and fsdp, parameters as the rules say."""
     rows = -(-config.train.batch // (mesh["data"] * mesh["fsdp"]))
@@ -194,13 +205,14 @@ def per_device(config: Config, found: Networks, mesh: MeshShape, each: Activatio
     if config.train.sample_every or config.conditioning.method == "insert":
         others += tree_bytes(found.vae.params)
     others += tree_bytes(found.redux)
-    gathered = 0
-    if mesh["fsdp"] > 1:
-        blocks = max(
-            tree_bytes(found.base[name]) // jax.tree.leaves(found.base[name])[0].shape[0] for name in flux.STACKED
-        )
+    blocks = {name: _whole_bytes(found.base[name], config.train.dtype) for name in flux.STACKED}
+    depths = {name: jax.tree.leaves(found.base[name])[0].shape[0] for name in flux.STACKED}
+    gathered, quantise = 0, config.base.quantise != "none"
+    if quantise and config.train.remat == "none":
+        gathered = sum(blocks.values()) // mesh["tensor"]
+    elif quantise or mesh["fsdp"] > 1:
         # The next block's weights arrive while one is under way.
-        gathered = 2 * blocks // mesh["tensor"]
+        gathered = 2 * max(blocks[name] // depths[name] for name in flux.STACKED) // mesh["tensor"]
     # Tensor parallel blocks cut their inside, not the stream between them.
     inside = each.block // (mesh["tensor"] * mesh["sequence"])
     return PerDevice(

@@ -19,7 +19,7 @@ from nabla_jax.checkpoints import adapters as adapter_files
 from nabla_jax.checkpoints import pipeline, transformers_folder
 from nabla_jax.config import Config, resolve_base
 from nabla_jax.errors import UserError
-from nabla_jax.models import clip, flux, layers, lora, redux, t5
+from nabla_jax.models import clip, flux, layers, lora, quantised, redux, t5
 from nabla_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 
 Shape = jax.ShapeDtypeStruct
@@ -58,7 +58,7 @@ class Networks:
 
     Attributes:
       method: the static part of the training step's forward pass.
-      base: the frozen transformer, in ``train.dtype``.
+      base: the frozen transformer in ``train.dtype``, its blocks in the format of ``base.quantise``.
       vae: its graph and its parameters in float32, as training and sampling hold it.
       clip, t5: bfloat16, as accelerators hold them.
       redux: in ``train.dtype``, or None.
@@ -133,9 +133,14 @@ def _redux(folder: Path) -> redux.ReduxConfig:
 
 
 def make(config: Config, architecture: Architecture) -> Networks:
-    """All trees of a run. Raises UserError for a frozen adapter that cannot be read."""
+    """All trees of a run.
+
+    Raises UserError for a frozen adapter that cannot be read, and for a quantised format that the widths do not fit.
+    """
     found, dtype = architecture, jnp.dtype(config.train.dtype)
     graphdef, base = _abstract(flux.Flux, found.transformer, dtype)
+    if config.base.quantise != "none":
+        base = quantised.abstract(base, quantised.find_format(config.base.quantise), flux.STACKED)
     component = pipeline.Component(found.transformer, graphdef, base)
     method = api.make_method(
         component, found.vae, config.conditioning, config.lora.name, config.train.dtype,
