@@ -101,6 +101,7 @@ def measure(record: sides.Record, options: argparse.Namespace, argv: Sequence[st
                 record.put(key, values)
                 print(
                     f"{key}: {values['seconds']:.3f} s ({values['least']:.3f} to {values['most']:.3f}), "
+                    f"processor {values['processor']:.3f} s, "
                     f"{(values['memory_peak'] - values['memory_before']) / 2**30:.2f} GiB beyond imports at most, "
                     f"{(values['memory_end'] - values['memory_before']) / 2**30:.2f} at the end, first after "
                     f"{values['seconds_to']['ready']:.0f} s",
@@ -159,22 +160,23 @@ def child(options: argparse.Namespace) -> None:
     run(options, case, work, side, Path(file))
 
 
-def timed(function: Any, warm: int, count: int) -> tuple[list[float], list[Any]]:
-    """Seconds of ``count`` calls after ``warm`` ones, and what all of them returned."""
+def timed(function: Any, warm: int, count: int) -> tuple[list[tuple[float, float]], list[Any]]:
+    """Seconds (wall clock, processor) of ``count`` calls after ``warm`` ones, and what all of them returned."""
     seconds, results = [], []
     for _ in range(warm + count):
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         results.append(function())
-        seconds.append(time.perf_counter() - start)
+        seconds.append((time.perf_counter() - start[0], time.process_time() - start[1]))
         sides.event("step", seconds=seconds[-1])
     return seconds[warm:], results
 
 
-def report(seconds: list[float], device_peak: int, **values: Any) -> None:
+def report(seconds: list[tuple[float, float]], device_peak: int, **values: Any) -> None:
     """The child's last word."""
+    wall, processor = ([each[i] for each in seconds] for i in range(2))
     sides.event(
-        "done", seconds=statistics.median(seconds), least=min(seconds), most=max(seconds), device_peak=device_peak,
-        **values,
+        "done", seconds=statistics.median(wall), least=min(wall), most=max(wall),
+        processor=statistics.median(processor), device_peak=device_peak, **values,
     )  # fmt: skip
 
 
@@ -193,7 +195,7 @@ def run_ours(options: argparse.Namespace, case: Case, work: str, side: str, file
     start = time.perf_counter()
     if work == "train":
         state, step = jax_side.make_step(model)
-        compiled: Any = step.lower(state, model.base, data).compile()  # type: ignore[attr-defined]
+        compiled: Any = step.lower(state, model.base, data).compile()
         held = [state]
         del state
 
@@ -210,7 +212,7 @@ def run_ours(options: argparse.Namespace, case: Case, work: str, side: str, file
         run = jax_side.make_sampler(model, cache=case.independent)
         arguments = (model.base, model.adapter.params, data)
         levels = cases.levels(options.sample_steps)
-        compiled = run.lower(*arguments, levels).compile()  # type: ignore[attr-defined]
+        compiled = run.lower(*arguments, levels).compile()
         analysis = _sizes(compiled)
         ready = time.perf_counter() - start
         sides.event("ready")

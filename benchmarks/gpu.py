@@ -191,7 +191,7 @@ def measure(options: argparse.Namespace, job: Job) -> None:
         operations = (training.model, training.hardware)
     else:
         steps = options.sample_steps or job.steps if job.work == "sample" else 1
-        run: Any = jax_side.make_sampler(model, cache=job.cache)
+        run = jax_side.make_sampler(model, cache=job.cache)
         arguments = (model.base, model.adapter.params, data, cases.levels(steps))
         call = functools.partial(run.lower(*arguments).compile(), *arguments)
         operations = (jax_side.sampling_operations(case, steps, cache=job.cache),) * 2

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -82,7 +82,7 @@ def shown(method: reposing.Method, case: Case, data: Data) -> reposing.Shown:
     return method.conditions(data["condition_0"], data["condition_1"], case.grid)
 
 
-def make_step(model: Model) -> tuple[State, Callable[[State, layers.Params, Data], tuple[State, dict[str, jax.Array]]]]:
+def make_step(model: Model) -> tuple[State, jax.stages.Wrapped]:
     """The state before the first step, and the step (state, base, data) -> (state, values); the state is donated.
 
     What ``training.make_step`` compiles, but for the draws: data, noise and time are given.
@@ -107,7 +107,7 @@ def make_step(model: Model) -> tuple[State, Callable[[State, layers.Params, Data
     return {"adapter": model.adapter.params, "optimizer": optimizer.init(model.adapter.params)}, step
 
 
-def make_sampler(model: Model, *, cache: bool) -> Callable[[layers.Params, layers.Params, Data, Any], jax.Array]:
+def make_sampler(model: Model, *, cache: bool) -> jax.stages.Wrapped:
     """(base, adapter, data, levels) -> the drawn tokens [B, N, C]: what ``reposing.sample`` runs, its start given.
 
     ``cache`` remembers the keys and values of independent conditions. Plain FLUX has no adapter here.

@@ -28,6 +28,13 @@ TARGETS = re.compile(
 )
 
 
+def _rotate(x: Tensor, table: tuple[Tensor, ...]) -> Tensor:
+    # Its annotation takes a tuple of one.
+    rotate: Any = apply_rotary_emb
+    rotated: Tensor = rotate(x, table, sequence_dim=1)
+    return rotated
+
+
 class Side:
     """A case with its frozen transformer and its adapter, whose matrices require gradients."""
 
@@ -139,8 +146,8 @@ class Side:
             names = ("to_q", "to_k", "to_v") if i else ("add_q_proj", "add_k_proj", "add_v_proj")
             queries, keys, values = (self._heads(linear(getattr(attn, name), h, adapter)) for name in names)
             norm_q, norm_k = (attn.norm_q, attn.norm_k) if i else (attn.norm_added_q, attn.norm_added_k)
-            q.append(apply_rotary_emb(norm_q(queries), self.tables[i], sequence_dim=1))
-            k.append(apply_rotary_emb(norm_k(keys), self.tables[i], sequence_dim=1))
+            q.append(_rotate(norm_q(queries), self.tables[i]))
+            k.append(_rotate(norm_k(keys), self.tables[i]))
             v.append(values)
             mods.append(mod)
         out = []
@@ -165,8 +172,8 @@ class Side:
             h = block.norm.norm(h) * (1 + scale) + shift
             inner.append(block.act_mlp(linear(block.proj_mlp, h, adapter)))
             queries, keys, values = (self._heads(linear(m, h, adapter)) for m in (attn.to_q, attn.to_k, attn.to_v))
-            q.append(apply_rotary_emb(attn.norm_q(queries), table, sequence_dim=1))
-            k.append(apply_rotary_emb(attn.norm_k(keys), table, sequence_dim=1))
+            q.append(_rotate(attn.norm_q(queries), table))
+            k.append(_rotate(attn.norm_k(keys), table))
             v.append(values)
             gates.append(gate)
         mixed = self._mix(q, k, v)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cases, gpu, jax_side
+from benchmarks import cases, gpu, jax_side, scaling, startup
 from benchmarks.cases import Case
+from tests import fixtures
 
 
 def test_the_table_of_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,3 +35,31 @@ def test_remembered_conditions_save_what_the_formulas_say() -> None:
     once = jax_side.sampling_operations(case, steps, cache=True)
     assert every / steps == pytest.approx(230.06e12, rel=0.01)
     assert (once - every / steps) / (steps - 1) == pytest.approx(100.8e12, rel=0.02)
+
+
+def test_bytes_of_collectives_are_read_from_the_program() -> None:
+    program = """
+      %a = f32[4,2]{1,0} all-reduce(%x), channel_id=1
+      %b = (f32[3]{0}, bf16[]) all-reduce(%x, %y), channel_id=2
+      %c = f32[8]{0} add(%a, %all-reduce.3)
+      ROOT %d = s32[2,5]{1,0} all-gather-start(%x), dimensions={0}
+    """
+    assert scaling.collectives(program) == {"all-reduce": 32 + 12 + 2, "all-gather": 40}
+
+
+def test_more_devices_find_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    scaling.main(["--size", "tiny", "--devices", "2", "--steps", "1", "--out", str(path)])
+    run = json.loads(path.read_text())["runs"]["2"]
+    assert run["difference"] < 1e-5
+    # Each matrix of the adapter is added up over the devices.
+    assert run["collectives"]["all-reduce"] >= run["gradients"] > 0
+
+
+def test_the_start_of_training_is_measured(tmp_path: Path) -> None:
+    """On a run of the tests' own: its folder, its base."""
+    config = fixtures.write_config(fixtures.prepared_root(), tmp_path / "config.py")
+    found = [startup.start(["--config", str(config)], tmp_path / kind, tmp_path / "cache") for kind in ("cold", "warm")]
+    assert all(0 < run["first"] <= run["whole"] for run in found)
+    # The second one compiles nothing that the first one has not compiled.
+    assert found[0]["programs"] == found[1]["programs"] > 0
