@@ -70,8 +70,10 @@ def check_types(where: str, kind: Any, raw: Mapping[str, Any]) -> None:
     for name, annotation in typing.get_type_hints(kind).items():
         if name not in raw:
             continue
-        check(raw[name], annotation, where, name)
         least = 0 if name in _MAY_BE_ZERO else 1
+        if annotation is int and least:
+            check_counts(where, **{name: raw[name]})
+        check(raw[name], annotation, where, name)
         most = _MOST_BLOCKS if name.endswith(("layers", "blocks", "per_block")) else _MOST
         for value in raw[name] if isinstance(raw[name], list) else (raw[name],):
             if type(value) is int and not least <= value <= most:
