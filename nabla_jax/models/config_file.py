@@ -1,6 +1,5 @@
 """Reading the published ``config.json`` of a model."""
 
-import math
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from nabla_jax.errors import UserError
 from nabla_jax.untrusted import check, parse_json
 
 _MOST, _MOST_BLOCKS = 2**20, 1024
+_BEYOND = 1e9  # in half precision even smaller numbers are infinite
 _MAY_BE_ZERO = frozenset(("num_layers", "num_single_layers", "bos_token_id", "eos_token_id"))
 
 
@@ -70,14 +70,16 @@ def check_types(where: str, kind: Any, raw: Mapping[str, Any]) -> None:
     for name, annotation in typing.get_type_hints(kind).items():
         if name not in raw:
             continue
-        check(raw[name], annotation, where, name)
         least = 0 if name in _MAY_BE_ZERO else 1
+        if annotation is int and least:
+            check_counts(where, **{name: raw[name]})
+        check(raw[name], annotation, where, name)
         most = _MOST_BLOCKS if name.endswith(("layers", "blocks", "per_block")) else _MOST
         for value in raw[name] if isinstance(raw[name], list) else (raw[name],):
             if type(value) is int and not least <= value <= most:
                 raise UserError(f"{where}: {name}: found {value}, expected {least} to {most}")
-            if type(value) is float and not math.isfinite(value):
-                raise UserError(f"{where}: {name}: found {value}, expected a finite number")
+            if type(value) is float and not abs(value) < _BEYOND:
+                raise UserError(f"{where}: {name}: found {value}, expected a number below {_BEYOND:g}")
 
 
 def check_sizes(where: str, **sizes: int) -> None:

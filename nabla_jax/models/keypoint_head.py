@@ -73,6 +73,8 @@ class KeypointHeadConfig:
         where, raw = read_config(source, "keypoint head config")
         names = [field.name for field in dataclasses.fields(cls)]
         values = known_fields(where, raw, names, required=[*_FIXED, *names], fixed=_FIXED)
+        if not isinstance(values["parts"], list) or not all(isinstance(part, str) for part in values["parts"]):
+            raise UserError(f"{where}: parts: found {values['parts']!r}, expected a list of names")
         check_types(where, cls, raw)
         config = cls(**{**values, "parts": tuple(values["parts"])})
         config.check(where)

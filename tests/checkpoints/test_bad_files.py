@@ -201,6 +201,7 @@ CONFIGS = {
         ("vae", "scaling_factor", float("nan")),
         ("clip", "num_attention_heads", 0),
         ("clip", "hidden_size", None),
+        ("clip", "layer_norm_eps", 1e308),
         ("t5", "num_layers", 10**6),
         ("t5", "d_model", 1.5),
         ("t5", "layer_norm_epsilon", float("inf")),
