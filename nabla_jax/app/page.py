@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import html
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +70,9 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*arguments)
         except UserError as error:
-            raise gr.Error(html.escape(" ".join(str(error).split())), print_exception=False) from None
+            # An uploaded file is named without its folder, which is no one's business.
+            line = re.sub(rf"{re.escape(os.environ['GRADIO_TEMP_DIR'])}/\w+/", "", " ".join(str(error).split()))
+            raise gr.Error(html.escape(line), print_exception=False) from None
 
     return wrapped
 
@@ -191,9 +194,8 @@ def _repose_tab(studio: work.Studio, folder: Path, megabytes: float) -> None:
         one: Any, painted: Any, other: Any, painted_too: Any, name: Any, seed: Any, steps: Any, depth: Any,
         keypoints: Any, caption: Any, progress: Any = _PROGRESS,
     ) -> tuple[str, str, str]:  # fmt: skip
-        mask = _mask(one, painted, "subject")
+        mask, settings = _mask(one, painted, "subject"), work.Settings(seed, steps)
         place, reposer = _target(studio, folder, megabytes, other, painted_too, name, depth, keypoints, caption)
-        settings = work.Settings(seed, steps)
         return _saved(work.repose(reposer, one, mask, place, settings, _bar(progress, steps)), folder, "repose")
 
     inputs = [subject.photo, subject.editor, target.photo, target.editor, *options.inputs]
@@ -245,8 +247,8 @@ def _compare_tab(studio: work.Studio, folder: Path, megabytes: float) -> None:
         keypoints: Any, caption: Any, progress: Any = _PROGRESS,
     ) -> tuple[str, str, str]:  # fmt: skip
         work.check_birds(birds)
-        place, reposer = _target(studio, folder, megabytes, other, painted, name, depth, keypoints, caption)
         settings, list_of_marks = work.Settings(seed, steps), _file(marks, folder, megabytes)
+        place, reposer = _target(studio, folder, megabytes, other, painted, name, depth, keypoints, caption)
         bar = _bar(progress, len(birds) * settings.steps)
         return _saved(work.plate(reposer, birds, place, list_of_marks, settings, bar), folder, "plate")
 
