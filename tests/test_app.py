@@ -114,20 +114,20 @@ def test_bad_uploads_are_one_line_that_names_the_file_alone(tmp_path: Path) -> N
     Image.fromarray(pixels).save(tmp_path / "outside.png")
     (inside / "link.png").symlink_to(tmp_path / "outside.png")
     (inside / "text.png").write_text("no picture")
-    Image.fromarray(pixels).save(inside / "other.png", format="GIF")
+    Image.fromarray(pixels[:50]).save(inside / "other.png", format="TGA")
     (inside / "cut.png").write_bytes((inside / "large.png").read_bytes()[:5000])
     (inside / "folder.png").mkdir()
     for name, expected in (
         (bomb(inside / "bomb.png", 20_000), "limit"),
-        (bomb(inside / "less.png", 10_000), "found 10000x10000 pixels, expected at most 80,000,000"),
+        (bomb(inside / "less.png", 10_000), "found 10000x10000 pixels, expected 1 to 80,000,000"),
         (inside / "large.png", "found 0.3 MB, expected at most 0.2 MB"),
         (inside / ".." / "outside.png", "no uploaded file"),
         (inside / "link.png", "no uploaded file"),
         (inside / "folder.png", "no uploaded file"),
         (inside / "none.png", "no uploaded file"),
         (Path("/etc/passwd"), "no uploaded file"),
-        (inside / "text.png", "not a picture in JPEG, PNG"),
-        (inside / "other.png", "not a picture in JPEG, PNG"),
+        (inside / "text.png", "not a picture in a known format"),
+        (inside / "other.png", "not a picture in a known format"),
         (inside / "cut.png", "truncated or damaged picture"),
     ):
         with pytest.raises(UserError, match=f"^{re.escape(name.name)}: .*{re.escape(expected)}") as caught:
