@@ -3,6 +3,7 @@
 # make toy-assets  — every shipped checkpoint from nothing; a day on two cores
 # make test  — every test but those of the browser; both install what they need into .venv first
 # make test-browser — the report and the page of pairs in a headless Chromium, which apt-get installs where there is none
+# make app   — the web app on this machine: http://127.0.0.1:7860 (docs/app.md)
 # make fuzz  — a hundred thousand damaged inputs to every reader of outside files; minutes (docs/trust.md)
 # make bench-gpu  — the table of targets on a GPU, and PyTorch beside it (docs/performance.md)
 # make plan-tpu — the TPU compiler in .venv-tpu, which needs no TPU: python -m nabla_jax.plan then asks it (docs/plan.md)
@@ -16,7 +17,7 @@ WORLD_SEED ?= 0
 TORCH_INDEX ?=
 BIN := .venv/bin
 
-.PHONY: install demo toy-table toy-assets test test-browser fuzz lint types bench plan-tpu bench-gpu clean
+.PHONY: install app demo toy-table toy-assets test test-browser fuzz lint types bench plan-tpu bench-gpu clean
 
 install: .venv/installed
 
@@ -27,6 +28,18 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e '.[test]'
 	@# Without its dependencies: torchvision is large and must match torch; the tests bring their own VGG16.
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt lpips
+	@touch $@
+
+app: .venv-app/installed
+	.venv-app/bin/python -m nabla_jax.app
+
+# An environment of its own over .venv: gradio wants an older Pillow than the tests do.
+.venv-app/installed: .venv/installed
+	@.venv-app/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-app
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$(.venv-app/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
+	@grep -v '^pillow==' constraints.txt > .venv-app/constraints.txt
+	.venv-app/bin/python -m pip install --quiet -c .venv-app/constraints.txt -e '.[app]'
 	@touch $@
 
 demo: install
@@ -73,4 +86,4 @@ plan-tpu: .venv-tpu/installed
 	@echo "the TPU compiler is in .venv-tpu: .venv-tpu/bin/python -m nabla_jax.plan --config configs/omk_keypoints.py --topology v5e:2x4 --mesh fsdp=8 --config.train.batch=8"
 
 clean:
-	rm -rf .venv .venv-tpu .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info runs/demo data/toybirds* prepared/toybirds*
+	rm -rf .venv .venv-app .venv-tpu .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info runs/demo data/toybirds* prepared/toybirds*

@@ -106,6 +106,7 @@ class Reposer:
     control_sha256: str | None = None
     diptychs: DiptychEncoder | None = None
     quantise: str = "none"
+    on_step: Callable[[int], None] | None = None  # see repose
 
     def repose(
         self,
@@ -124,6 +125,7 @@ class Reposer:
         guidance: float | None = None,
         sibling_guidance: float | None = None,
         key: str = "",
+        on_step: Callable[[int], None] | None = None,
     ) -> Image.Image:
         """The subject's bird in the target's pose and surroundings, at the target's size.
 
@@ -140,6 +142,8 @@ class Reposer:
           guidance: scale; default as configured.
           sibling_guidance: how strongly the subject is followed, against the sibling; default as configured. 1 needs no
             sibling, anything else takes twice the time.
+          on_step: called with the number of steps taken, after each. Sampling then runs one program per step, which
+            serves every number of steps; independent conditions are computed at every step instead of once.
 
         Raises UserError for a picture that cannot be read, a mask of another size, an empty mask, and sibling guidance
         without a sibling.
@@ -164,7 +168,8 @@ class Reposer:
             sibling_silhouette,
         )
         sample = self.sample_settings(seed, steps, guidance, sibling_guidance)
-        (result, _), *_ = self.repose_batch([job], dataclasses.replace(sample, batch=meshes.batch_parts(self.mesh)))
+        told = self if on_step is None else dataclasses.replace(self, on_step=on_step)
+        (result, _), *_ = told.repose_batch([job], dataclasses.replace(sample, batch=meshes.batch_parts(self.mesh)))
         return Image.fromarray(result)
 
     def evaluate(
@@ -338,9 +343,7 @@ class Reposer:
                 image_guidance = jnp.float32(sample.image_guidance)
             if sample.sibling_guidance != 1:
                 sibling_guidance = jnp.float32(sample.sibling_guidance)
-            latents = self.sampler(
-                self.base,
-                self.adapters,
+            latents = self._sample(
                 meshes.put_batch(inputs, self.mesh),
                 jnp.asarray(levels),
                 jnp.float32(sample.guidance),
@@ -349,6 +352,19 @@ class Reposer:
                 sibling_guidance,
             )
             return to_pixels(meshes.to_host(self.decode(self.vae.params, latents), self.mesh))
+
+    def _sample(self, batch: reposing.Batch, levels: jax.Array, *further: jax.Array | None) -> jax.Array:
+        """``reposing.sample`` at once, or a step at a time where someone wants to know."""
+        if self.on_step is None:
+            return self.sampler(self.base, self.adapters, batch, levels, *further)
+        _, seed, *_ = further
+        assert seed is not None
+        latents = reposing.noise(self.method, batch, seed)
+        for step in range(len(levels) - 1):
+            latents = self.sampler(self.base, self.adapters, batch, levels[step : step + 2], *further, latents)
+            jax.block_until_ready(latents)
+            self.on_step(step + 1)
+        return latents
 
     def reconstruct(self, images: Sequence[Array], batch: int) -> list[Array]:
         """Pictures of any size through placement, autoencoder (its mean) and back: an upper bound."""
@@ -420,7 +436,7 @@ def load(
     if adapter_path is not None:
         metadata = adapter_files.read_metadata(adapter_path)
         check_adapter(adapter_path, metadata, folder, base_sha256, conditioning)
-    conditioning = conditioning or _conditioning(metadata, adapter_path)
+    conditioning = conditioning or conditioning_of(metadata, adapter_path)
     controls.find_control(conditioning.control)
     pipeline.check_channels(folder, method_name(conditioning))
     pipeline.check_sides(folder, conditioning.size, conditioning.compact)
@@ -718,7 +734,8 @@ def check_cache(cache: bool | None, conditioning: Conditioning, path: Path | Non
     )
 
 
-def _conditioning(metadata: adapter_files.AdapterMetadata | None, path: Path | None) -> Conditioning:
+def conditioning_of(metadata: adapter_files.AdapterMetadata | None, path: Path | None) -> Conditioning:
+    """What the adapter at ``path`` was trained with. Raises UserError where nothing says so."""
     if metadata is None or not metadata.size:
         what = "no adapter is given" if path is None else f"{path} has no metadata"
         raise UserError(

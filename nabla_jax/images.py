@@ -70,6 +70,32 @@ def picture_size(path: PathLike) -> tuple[int, int]:
     return (columns, rows) if turned else (rows, columns)
 
 
+def check_upload(path: PathLike, folder: PathLike, megabytes: float) -> pathlib.Path:
+    """`path` as a picture from people nobody knows, from its header alone; the readers above then decode it.
+
+    Raises UserError as `check_file` does, and for what `read_rgb` would not begin to decode.
+    """
+    found = check_file(path, folder, megabytes)
+    _opened(found).close()
+    return found
+
+
+def check_file(path: PathLike, folder: PathLike, megabytes: float) -> pathlib.Path:
+    """`path` as a file from people nobody knows.
+
+    Raises UserError for a path that does not lead into `folder`, links followed; for what is no file, and for more
+    than `megabytes`.
+    """
+    path = pathlib.Path(path)
+    found = path.resolve()
+    if not (found.is_relative_to(pathlib.Path(folder).resolve()) and found.is_file()):
+        raise UserError(f"{path}: no uploaded file")
+    size = found.stat().st_size
+    if size > megabytes * 1e6:
+        raise UserError(f"{path}: found {size / 1e6:.1f} MB, expected at most {megabytes:g} MB")
+    return path
+
+
 def write_image(image: Array, path: PathLike, **options: Any) -> None:
     """Writes [H, W] or [H, W, 3] uint8 to `path` in one step: the file is either whole or not there.
 

@@ -254,6 +254,7 @@ def sample(
     seed: jax.Array,
     image_guidance: jax.Array | None = None,
     sibling_guidance: jax.Array | None = None,
+    start: jax.Array | None = None,
 ) -> jax.Array:
     """Draws the latents of a batch of pictures by Euler's method, as one scan.
 
@@ -268,6 +269,7 @@ def sample(
       sibling_guidance: float32 scalar or None: how strongly the subject is followed, against a sibling in its place
         and under the same control: at 0 the sibling is drawn, at 1 the subject, beyond 1 what tells it from the
         sibling is exaggerated. Twice the work.
+      start: [B, C, h, w], what is there at ``sigmas[0]``; None for ``noise``.
 
     Returns:
       Scaled latents [B, C, h, w] float32.
@@ -307,13 +309,21 @@ def sample(
         without = predict(method, base, adapters, noisy, time, instead, text, scale, grid)
         return omini.image_guided(followed, without, strength)
 
+    begun = flow.pack(noise(method, batch, seed) if start is None else start)
+    return flow.unpack(flow.euler(velocity, begun, jnp.asarray(sigmas)), height, width)
+
+
+def noise(method: Method, batch: Batch, seed: jax.Array) -> jax.Array:
+    """What ``sample`` begins with: latents [B, C, h, w] that ``seed`` and the numbers of the pictures fix."""
+    height, width = method.latent_size(batch)
+    tokens = height * width // flow.path.PATCH**2
     channels = flow.path.PATCH**2 * method.vae.latent_channels
-    start = draws.normal(draws.keys(seed, numbers, draws.NOISE), (grid[0] * grid[1], channels))
-    return flow.unpack(flow.euler(velocity, start, jnp.asarray(sigmas)), height, width)
+    drawn = draws.normal(draws.keys(seed, batch["sample"], draws.NOISE), (tokens, channels))
+    return flow.unpack(drawn, height, width)
 
 
 def make_sampler(method: Method) -> Callable[..., jax.Array]:
-    """``sample`` compiled for one method: (base, adapters, batch, sigmas, guidance, seed[, image[, sibling]])."""
+    """``sample`` compiled for one method: (base, adapters, batch, sigmas, guidance, seed[, and the rest in order])."""
 
     def draw(*arguments: Any) -> jax.Array:
         return sample(method, *arguments)

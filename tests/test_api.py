@@ -66,6 +66,18 @@ def test_paths_pil_images_and_arrays_are_the_same_and_the_seed_decides(tmp_path:
     assert not np.array_equal(first, np.asarray(untuned().repose(a, b, a_mask, b_mask, guidance=9.0)))
 
 
+def test_whoever_wants_to_know_is_told_of_each_step_and_gets_the_same_picture() -> None:
+    (a, a_mask), (b, b_mask) = picture(40, 60, 0), picture(50, 30, 1)
+    said: list[int] = []
+    for reposer in (untuned(), tuned()):
+        at_once = np.asarray(reposer.repose(a, b, a_mask, b_mask, steps=3)).astype(int)
+        by_step = np.asarray(reposer.repose(a, b, a_mask, b_mask, steps=3, on_step=said.append))
+        assert np.abs(by_step - at_once).max() <= 1
+    assert said == [1, 2, 3, 1, 2, 3]
+    untuned().repose(a, b, a_mask, b_mask)
+    assert len(said) == 6
+
+
 def test_keys_of_pairs_give_them_different_noise() -> None:
     a, b = picture(40, 40, 0), picture(40, 40, 1)
     sample = Sample(steps=2, batch=2)

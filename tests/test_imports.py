@@ -22,6 +22,7 @@ HEAVY = {
     "absl",
     "array_record",
     "diffusers",
+    "gradio",
     "grain",
     "matplotlib",
     "ml_collections",
@@ -64,7 +65,7 @@ def test_models_import_nothing_else_of_the_package(path: Path) -> None:
     assert folders(path) <= {"models", "errors", "untrusted"}
 
 
-VERBS = {"api", "curate", "evaluate", "export", "fetch", "generate", "prepare", "train"}
+VERBS = {"api", "app", "curate", "evaluate", "export", "fetch", "generate", "prepare", "train"}
 LOWER = ("checkpoints", "conditioning", "data", "flow", "metrics", "models", "optim", "parallel")
 
 
@@ -103,9 +104,9 @@ def test_errors_in_a_configuration_are_told_before_jax_loads() -> None:
         "nabla_jax",
         "nabla_jax.errors",
         "nabla_jax.config",
-        *(f"nabla_jax.{verb}" for verb in ("train", "generate", "export", "fetch", "curate")),
+        *(f"nabla_jax.{verb}" for verb in ("train", "generate", "export", "fetch", "curate", "app.__main__")),
     )
-    assert found & {"jax", "torch", "transformers"} == set()
+    assert found & {"gradio", "jax", "torch", "transformers"} == set()
 
 
 def test_the_embedded_size_is_no_code_path() -> None:

@@ -1,0 +1,1 @@
+"""The web app: ``python -m nabla_jax.app`` (see ``__main__``). Importing this imports nothing else."""
