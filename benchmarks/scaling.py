@@ -3,7 +3,7 @@
 Every size runs in a process that sees so many devices, CPUs that pretend where there are not enough (then they share
 the same cores, and seconds say nothing). The batch grows with the devices. Checked: loss and gradient norm are those of
 one device with the whole batch; counted: the bytes that the compiled step hands to collectives, beside the bytes of the
-gradients, which is what cutting the batch must cost. What stands in the body of a loop is counted once.
+gradients, which is what cutting the batch must cost.
 """
 
 import argparse
@@ -20,6 +20,11 @@ from benchmarks.cases import Case
 
 TOLERANCE = 1e-5
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_COLLECTIVE = re.compile(rf"= (.+?) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_CALLED = re.compile(r"(?:body|to_apply|calls)=%?([\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_ALONE = re.compile(r"replica_groups=\{(\{\d+\},?)+\}")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "s64": 8, "u64": 8, "f64": 8}
 
 
@@ -99,16 +104,36 @@ def child(options: argparse.Namespace) -> None:
 
 
 def collectives(program: str) -> dict[str, int]:
-    """Bytes of the results of each kind of collective in a compiled program."""
-    found: dict[str, int] = {}
-    pattern = re.compile(rf"= (.+?) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
+    """Bytes of the results of each kind of collective in one run of a compiled program.
+
+    What stands in a loop's body counts as often as the loop runs; groups of one device send nothing.
+    """
+    sent: dict[str, list[tuple[str, int]]] = {}  # by computation
+    called: dict[str, list[tuple[str, int]]] = {}  # and how often
+    entry = name = ""
     for line in program.splitlines():
-        match = pattern.search(line)
-        if match is None:
+        if head := _COMPUTATION.match(line):
+            name = head[2]
+            entry = name if head[1] else entry
             continue
-        shapes = re.findall(r"([a-z]+\d*)\[([\d,]*)\]", match[1])
-        size = sum(_BYTES[kind] * _count(shape) for kind, shape in shapes)
-        found[match[2]] = found.get(match[2], 0) + size
+        trips = _TRIPS.search(line)
+        for inner in _CALLED.findall(line):
+            called.setdefault(name, []).append((inner, int(trips[1]) if trips else 1))
+        match = _COLLECTIVE.search(line)
+        if match is not None and not _ALONE.search(line):
+            shapes = re.findall(r"([a-z]+\d*)\[([\d,]*)\]", match[1])
+            size = sum(_BYTES[kind] * _count(shape) for kind, shape in shapes)
+            sent.setdefault(name, []).append((match[2], size))
+
+    found: dict[str, int] = {}
+
+    def add(computation: str, times: int) -> None:
+        for kind, size in sent.get(computation, ()):
+            found[kind] = found.get(kind, 0) + times * size
+        for inner, count in called.get(computation, ()):
+            add(inner, times * count)
+
+    add(entry, 1)
     return found
 
 
