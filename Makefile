@@ -6,6 +6,7 @@
 # make app   — the web app on this machine: http://127.0.0.1:7860 (docs/app.md)
 # make fuzz  — a hundred thousand damaged inputs to every reader of outside files; minutes (docs/trust.md)
 # make bench-gpu  — the table of targets on a GPU, and PyTorch beside it (docs/performance.md)
+# make faults — 220 faults in every verb (kill -9, full disks, damaged checkpoints, ...); nothing may be lost or done twice
 # make plan-tpu — the TPU compiler in .venv-tpu, which needs no TPU: python -m nabla_jax.plan then asks it (docs/plan.md)
 #
 # PYTHON=python3.12    another interpreter (3.11 or newer)
@@ -17,7 +18,7 @@ WORLD_SEED ?= 0
 TORCH_INDEX ?=
 BIN := .venv/bin
 
-.PHONY: install app demo toy-table toy-assets test test-browser fuzz lint types bench plan-tpu bench-gpu clean
+.PHONY: install app demo toy-table toy-assets test test-browser faults fuzz lint types bench plan-tpu bench-gpu clean
 
 install: .venv/installed
 
@@ -57,6 +58,10 @@ test: install
 test-browser: install
 	@bash scripts/ensure_chromium.sh
 	$(BIN)/python -m pytest tests/browser --durations=5
+
+faults: install
+	$(BIN)/python -m tests.faults
+	$(BIN)/python -m tests.faults --job train --kills 20
 
 fuzz: install
 	JAX_PLATFORMS=cpu $(BIN)/python -m tests.fuzz --inputs 100000 --seed 0

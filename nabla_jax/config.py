@@ -136,6 +136,7 @@ class Train:
     time_mean: float = 0.0  # of the logit of the training times; above 0 favours noise, where the subject matters
     foreground_weight: float = 1.0  # of the loss on the target's bird against its surroundings
     ema: float = 0.0  # decay of the running average that is exported instead of the newest weights; 0: none
+    nonfinite: str = "stop"  # at the first loss, gradient or parameter that is not; skip: such a step changes nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +192,14 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True)
+class Watch:
+    """When train and generate take a step, or a wait for its input, for hanging and end (``nabla_jax.watchdog``)."""
+
+    factor: float = 20.0  # times as long as such steps took before
+    seconds: float = 600.0  # and at least so long; 0: they never end
+
+
+@dataclasses.dataclass(frozen=True)
 class Extract:
     """Masks, depth maps, captions and keypoints made by other networks (``python -m nabla_jax.extract``)."""
 
@@ -225,6 +234,7 @@ class Config:
     train: Train
     sample: Sample = Sample()
     mesh: Mesh = Mesh()
+    watch: Watch = Watch()
     extract: Extract = Extract()
     benchmarks: dict[str, str] = dataclasses.field(default_factory=dict)  # name -> dataset folder, or pair list in one
     metrics: Metrics = Metrics()
@@ -249,6 +259,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "lora.dtype": ("float32", "bfloat16"),
     "optim.name": ("prodigy", "adamw"),
     "train.dtype": ("bfloat16", "float32"),
+    "train.nonfinite": ("stop", "skip"),
     "train.remat": ("none", "full", "save_attention", "offload"),
     "data.split": ("train", "test", "all"),
     "data.source": ("auto", "manifest", "nabirds", "inaturalist", "tfds", "inat21", "clips"),
@@ -590,6 +601,7 @@ def _check_ranges(config: Config, where: str) -> None:
     if config.train.sampler == "mined" and config.data.mode != "precomputed":
         raise UserError(f"{where}: train.sampler: mined needs stored features, expected data.mode precomputed")
     nonnegative = "train.sample_every train.seed sample.seed optim.weight_decay extract.caption_retries"
+    nonnegative += " watch.seconds"
     nonnegative += " data.frame_gap data.frame_rate data.threads data.workers data.per_class sample.feather mesh.data"
     for key in nonnegative.split():
         if not flat[key] >= 0:
@@ -602,6 +614,8 @@ def _check_ranges(config: Config, where: str) -> None:
             f"{where}: train.accumulate: found {config.train.accumulate}, expected a divisor of train.batch, "
             f"{config.train.batch}"
         )
+    if not config.watch.factor > 1:
+        raise UserError(f"{where}: watch.factor: found {config.watch.factor!r}, expected more than 1")
     if not 0 <= config.train.ema < 1:
         raise UserError(f"{where}: train.ema: found {config.train.ema!r}, expected a number from 0 to below 1")
     if not all(0 <= beta < 1 for beta in config.optim.betas):

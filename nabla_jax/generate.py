@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nabla_jax import config as configs
-from nabla_jax import one_target, runs
+from nabla_jax import one_target, runs, watchdog
 from nabla_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -148,13 +148,23 @@ def _make_benchmarks(config: configs.Config, arguments: argparse.Namespace) -> N
     mesh = meshes.make_mesh(dataclasses.asdict(config.mesh), jax.local_devices())
     meshes.check_batch(config.sample.batch, mesh, "sample.batch")
     lock = runs.lock(arguments.out / ".lock", f"--out {arguments.out}")
-    with lock if processes.is_first() else contextlib.nullcontext():
+    with lock if processes.is_first() else contextlib.nullcontext(), watchdog.Watchdog(config.watch) as watch:
         chosen = ("none", None) if arguments.reference else (arguments.adapter, arguments.control_adapter)
         reposer = _load(config, *chosen)
         settings = _settings(config, reposer, arguments.reference)
         for work in works:
             maker = _ceiling_maker(reposer, work, config) if arguments.reference else _maker(reposer, work, config)
-            make(work, settings, config.sample.batch, maker)
+            make(work, settings, config.sample.batch, _watched(watch, work, maker))
+
+
+def _watched(
+    watch: watchdog.Watchdog, work: "Work", maker: Callable[[Sequence["Pair"]], list[Made]]
+) -> Callable[[Sequence["Pair"]], list[Made]]:
+    def make(pairs: Sequence["Pair"]) -> list[Made]:
+        with watch.part("a batch of pictures", f"{work.folder}: pair {pairs[0].key}"):
+            return maker(pairs)
+
+    return make
 
 
 def _check_kinds(kinds: Sequence[str], what: str) -> None:

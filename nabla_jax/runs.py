@@ -2,7 +2,7 @@
 one-line errors.
 
 A run folder holds ``config.json`` (resolved), ``environment.json``, ``metrics.jsonl``, ``checkpoints/``,
-``adapters/`` and ``samples/``. Nothing here imports jax.
+``adapters/``, ``samples/`` and, of steps that were not finite, ``nonfinite/``. Nothing here imports jax.
 """
 
 import contextlib
@@ -45,6 +45,7 @@ CONTINUABLE = frozenset(
         "train.log_every",
         "train.save_every",
         "train.sample_every",
+        "train.nonfinite",
         "sample.steps",
         "sample.guidance",
         "sample.seed",
@@ -95,7 +96,7 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
     except OSError as error:
         # Files that cannot be written are the user's to mend; any other OSError is a bug and keeps its
         # traceback.
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EPERM, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM, errno.EDQUOT):
             raise
         _fail(f"{error.filename or 'output'}: cannot be written: {error.strerror}", 2)
 
@@ -328,6 +329,15 @@ class RunFolder:
         """Sheets drawn during training."""
         return self.path / "samples"
 
+    def nonfinite(self, step: int) -> Path:
+        """What is known of a step that was not finite; see ``nabla_jax.reproduce``."""
+        return self.path / "nonfinite" / f"step_{step}.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that works in the folder."""
+        return self.path / ".lock"
+
     def adapter(self, step: int, name: str) -> Path:
         """The exported adapter of a step."""
         return self.path / "adapters" / f"step_{step}" / f"{name}.safetensors"
@@ -364,7 +374,7 @@ def open_run(config: configs.Config, sha256: Mapping[str, str] | None = None) ->
     folder = RunFolder(Path(config.train.workdir))
     with writing(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
-    with lock(folder.path / ".lock", f"train.workdir {folder.path}"):
+    with lock(folder.lock, f"train.workdir {folder.path}"):
         resolved = configs.to_dict(config) | ({"sha256": dict(sha256)} if sha256 else {})
         if folder.config.is_file():
             _check_same(folder, resolved)
@@ -383,13 +393,22 @@ def lock(path: Path, what: str) -> Iterator[None]:
     """Holds an exclusive lock that the system releases when the process ends, however it ends."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = path.open("w")
+        handle = path.open("a+")
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"{what}: another process is working in it (lock {path})") from error
-        yield
+            handle.seek(0)
+            holder = handle.read().strip()
+            raise UserError(f"{what}: another process is working in it ({holder or 'unknown'}, lock {path})") from error
+        with writing(path):
+            handle.truncate(0)
+            handle.write(f"process {os.getpid()} on {platform.node()}\n")
+            handle.flush()
+        try:
+            yield
+        finally:
+            handle.truncate(0)
 
 
 def _check_same(folder: RunFolder, resolved: Mapping[str, Any]) -> None:
@@ -403,7 +422,7 @@ def _check_same(folder: RunFolder, resolved: Mapping[str, Any]) -> None:
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
         and key not in CONTINUABLE
-        and not key.startswith(("benchmarks", "extract.", "mesh.", "metrics."))
+        and not key.startswith(("benchmarks", "extract.", "mesh.", "metrics.", "watch."))
     ]
     if differing:
         raise UserError(

@@ -4,15 +4,20 @@ Reads from top to bottom: configuration, checks, mesh, input, frozen base, abstr
 initialise, compiled step, loop. The run folder ``train.workdir`` gets ``config.json``,
 ``environment.json``, ``metrics.jsonl``, ``checkpoints/``, ``adapters/step_N/NAME.safetensors`` with
 ``adapters/last``, and ``samples/``. SIGINT and SIGTERM save and stop; the same command continues, bit for
-bit as if it had never stopped. A finished run is left alone.
+bit as if it had never stopped; a checkpoint that is damaged is set aside for the one before it. A
+finished run is left alone. A step that is not finite stops the run, or is skipped (``train.nonfinite``),
+and ``nonfinite/`` tells of it, for ``nabla_jax.reproduce``. A step that hangs ends the run (``watch``).
 """
 
 import contextlib
 import dataclasses
+import functools
+import sys
 from collections.abc import Sequence
 
 from nabla_jax import config as configs
-from nabla_jax import runs
+from nabla_jax import runs, watchdog
+from nabla_jax.errors import UserError
 
 
 def main(argv: Sequence[str]) -> None:
@@ -55,10 +60,9 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
     """
     import jax
 
-    from nabla_jax import draws, optim, training
+    from nabla_jax import optim, reproduce, training
     from nabla_jax.checkpoints import pipeline
     from nabla_jax.checkpoints.run_state import RunState
-    from nabla_jax.models import flux, layers, lora
     from nabla_jax.parallel import mesh as meshes
     from nabla_jax.parallel import processes, rules
 
@@ -87,17 +91,9 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
     method, base = training.load_method(config, mesh)
 
     # --------------------------------------------------------------------------------------- abstract state
-    optimizer = optim.make(config.optim, config.lora.dtype)
+    optimizer = optim.make(config.optim, config.lora.dtype, settings.nonfinite)
     frozen = jax.device_put(frozen, rules.shardings(frozen, mesh))
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base)
-
-    def initial_state(start: layers.Params | None) -> training.State:
-        if start is None:
-            key = draws.key(settings.seed, draws.ADAPTER_INIT)
-            rank, alpha = config.lora.rank, config.lora.alpha
-            start = lora.initialize(key, shapes, rank=rank, alpha=alpha, stacked=flux.STACKED).params
-        return training.initial_state({name: start}, optimizer, config)
-
+    initial_state = training.state_maker(config, base, optimizer)
     abstract = jax.eval_shape(initial_state, None)
     shardings = rules.shardings(abstract, mesh)
 
@@ -105,16 +101,19 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
         contextlib.closing(training.run_batches(inputs, mesh)) as loader,
         RunState(folder.checkpoints) as saved,
         runs.StopSignals() as stop,
+        watchdog.Watchdog(config.watch) as watch,
         jax.set_mesh(mesh),
     ):
         # ---------------------------------------------------------------------------- restore or initialise
         saved.check_room(abstract)
-        start = saved.latest() or 0
-        if start:
-            state, position = saved.restore(start, abstract, shardings)
+        tell = functools.partial(print, flush=True) if first else lambda _: None
+        newest = saved.restore_newest(abstract, shardings, tell)
+        start = 0
+        if newest is not None:
+            start, state, position = newest
+            state = training.resumed(state, config)
             loader.set_state(position["loader"])
-            if first:
-                print(f"{folder.path}: continuing after step {start}", flush=True)
+            tell(f"{folder.path}: continuing after step {start}")
         else:
             state = jax.jit(initial_state, out_shardings=shardings)(start_adapter)
         del start_adapter
@@ -129,22 +128,35 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
         # ------------------------------------------------------------------------------------ compiled step
         train_step = training.make_step(method, optimizer, config, shardings)
         clock, asked = training.StepClock(), training.StopVote(stop, mesh)
-        # The values of the newest step: read only once the following step runs, so that the device never
-        # waits.
-        pending: tuple[int, training.Values, dict[str, float]] | None = None
+        # The newest step, whose values are read only once the following step runs, so that the device never waits.
+        pending: training.Made | None = None
+        skipped = int(jax.device_get(optim.skipped_steps(state["optimizer"])))
 
         def write_pending() -> None:
-            nonlocal pending
+            nonlocal pending, skipped
             if pending is None:
                 return
-            row = training.host_row(*pending)
-            pending = None
-            if metrics is not None and (row["step"] % settings.log_every == 0 or row["step"] >= settings.steps):
-                metrics.append(row)
+            made, pending = pending, None
+            row = training.host_row(made)
+            # The values are the same in every process, and so is what follows from them.
+            if row["skipped"] > skipped or optim.nonfinite(row):
+                skipped = row["skipped"]
+                with jax.transfer_guard("allow"):
+                    what = reproduce.record(config, folder, inputs, made, row)
+                    if settings.nonfinite == "stop" and made.step > 1:
+                        saved.save(made.step - 1, training.before(state, made.step), {"loader": made.position})
+                if settings.nonfinite == "stop":
+                    raise UserError(what)
+                if first:
+                    bar.write(what, file=sys.stderr)
+            if metrics is not None and (made.step % settings.log_every == 0 or made.step >= settings.steps):
+                metrics.append(training.written(row, config))
+            if first and (stuck := optim.stuck(config.optim, made.step, row.get("d"))):
+                bar.write(stuck, file=sys.stderr)
             bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
 
         def save(step: int) -> None:
-            # Metrics first: what a checkpoint continues from must already be on record, and be finite.
+            # Metrics first: what a checkpoint continues from must already be on record, and nothing be held in it.
             write_pending()
             saved.save(step, state, {"loader": loader.get_state()})
             adapter = meshes.to_host(training.exported(state, config, frozen)[name], mesh)
@@ -154,15 +166,20 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
         # --------------------------------------------------------------------------------------------- loop
         with runs.progress(settings.steps, "train", done=start, unit="step", shown=first) as bar:
             for step in range(start + 1, settings.steps + 1):
+                where, position = f"{folder.path}: step {step}", loader.get_state()
                 with training.no_hidden_transfers():
-                    batch = training.device_batch(next(loader), mesh, inputs.diptychs)
+                    with watch.part("waiting for input", where):
+                        read = next(loader)
+                    batch = training.device_batch(read, mesh, inputs.diptychs)
                     clock.data_arrived()
                 if step == start + 1:
                     processes.compile_together(train_step, state, base, batch, frozen)
                 with training.no_hidden_transfers():
-                    state, values = train_step(state, base, batch, frozen)
-                    write_pending()
-                    pending = (step, values, clock.step(settings.batch))
+                    with watch.part("the step", where):
+                        state, values = train_step(state, base, batch, frozen)
+                        write_pending()
+                    numbers = reproduce.numbers(read)
+                    pending = training.Made(step, values, clock.step(settings.batch), numbers, position)
                     signum = asked.heard()
                 bar.update(1)
                 last = step == settings.steps

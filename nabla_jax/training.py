@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -14,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from nabla_jax import api, diptychs, optim, reposing, runs, untrusted
+from nabla_jax import api, diptychs, draws, optim, reposing, runs, untrusted
 from nabla_jax.checkpoints import adapters as adapter_files
 from nabla_jax.checkpoints import pipeline
 from nabla_jax.config import Config, resolve_base
@@ -253,23 +254,10 @@ def composed(
     return trained if not frozen else {name: lora.add(frozen[name], one) for name, one in trained.items()}
 
 
-def make_step(
-    method: reposing.Method, optimizer: optax.GradientTransformation, config: Config, shardings: Any = None
-) -> jax.stages.Wrapped:
-    """The compiled step (state, frozen base, batch[, frozen adapters]) -> (state, values); the state is donated.
+def objective(method: reposing.Method, config: Config) -> Callable[..., jax.Array]:
+    """What is minimised, (adapters {name: tree}, frozen base, batch, frozen adapters or None) -> float32 scalar."""
 
-    ``shardings``, a tree like the state, says how the new one lies; it should lie as the old one did.
-
-    The state holds ``adapters`` {name: tree}, ``optimizer``, ``step`` and, with ``train.ema``, the adapters' running
-    ``average``; values are the scalars ``loss``, ``grad_norm`` (before clipping) and, for Prodigy, its distance
-    estimate ``d``. For the frozen adapters see ``load_frozen``.
-
-    With ``train.accumulate`` the batch is computed in so many parts of equal size, one after another, and loss and
-    gradients are their means: those of the batch in one piece, since no sample's draws know its batch.
-    """
-    parts = config.train.accumulate
-
-    def objective(
+    def loss(
         trees: dict[str, layers.Params],
         base: layers.Params,
         batch: reposing.Batch,
@@ -280,6 +268,26 @@ def make_step(
             method, composed(trees, config, frozen), base, batch, seed=train.seed, guidance=train.guidance,
             time_mean=train.time_mean, foreground_weight=train.foreground_weight,
         )  # fmt: skip
+
+    return loss
+
+
+def make_step(
+    method: reposing.Method, optimizer: optax.GradientTransformationExtraArgs, config: Config, shardings: Any = None
+) -> jax.stages.Wrapped:
+    """The compiled step (state, frozen base, batch[, frozen adapters]) -> (state, values); the state is donated.
+
+    ``shardings``, a tree like the state, says how the new one lies; it should lie as the old one did.
+
+    The state holds ``adapters`` {name: tree}, ``optimizer``, ``step`` and, with ``train.ema``, the adapters' running
+    ``average``; values are the scalars ``loss``, ``grad_norm`` (before clipping), for Prodigy its distance estimate
+    ``d``, and ``skipped``: how many steps so far changed nothing because they were not finite, see ``optim.make``. For
+    the frozen adapters see ``load_frozen``.
+
+    With ``train.accumulate`` the batch is computed in so many parts of equal size, one after another, and loss and
+    gradients are their means: those of the batch in one piece, since no sample's draws know its batch.
+    """
+    parts, minimised = config.train.accumulate, objective(method, config)
 
     def placed(gradients: dict[str, layers.Params]) -> dict[str, layers.Params]:
         return gradients if shardings is None else jax.lax.with_sharding_constraint(gradients, shardings["adapters"])
@@ -295,7 +303,7 @@ def make_step(
 
         def one(total: Any, part: jax.Array) -> tuple[Any, None]:
             rows = {name: jax.lax.dynamic_index_in_dim(x, part, 1, keepdims=False) for name, x in cut.items()}
-            loss, gradients = jax.value_and_grad(objective)(trees, base, rows, frozen)
+            loss, gradients = jax.value_and_grad(minimised)(trees, base, rows, frozen)
             return (total[0] + loss, placed(jax.tree.map(jnp.add, total[1], gradients))), None
 
         # float32 whatever is trained: sums of bfloat16 numbers lose the small ones.
@@ -308,11 +316,12 @@ def make_step(
     ) -> tuple[State, Values]:
         adapters = state["adapters"]
         if parts == 1:
-            loss, gradients = jax.value_and_grad(objective)(adapters, base, batch, frozen)
+            loss, gradients = jax.value_and_grad(minimised)(adapters, base, batch, frozen)
         else:
             loss, gradients = accumulated(adapters, base, batch, frozen)
-        updates, optimizer_state = optimizer.update(gradients, state["optimizer"], adapters)
-        values = {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
+        updates, optimizer_state = optimizer.update(gradients, state["optimizer"], adapters, value=loss)
+        skipped = optim.skipped_steps(optimizer_state)
+        values = {"loss": loss, "grad_norm": optax.tree.norm(gradients), "skipped": skipped}
         estimate = optim.prodigy_estimate(optimizer_state)
         if estimate is not None:
             values["d"] = estimate
@@ -321,7 +330,9 @@ def make_step(
         if config.train.ema:
             # Short runs are averaged over about their last tenth: early weights would linger.
             decay = jnp.minimum(config.train.ema, (1 + state["step"]) / (10 + state["step"]))
-            following["average"] = optax.incremental_update(adapters, state["average"], 1 - decay)
+            average = optax.incremental_update(adapters, state["average"], 1 - decay)
+            held = skipped > optim.skipped_steps(state["optimizer"])
+            following["average"] = jax.tree.map(lambda new, old: jnp.where(held, old, new), average, state["average"])
         return following, values
 
     return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
@@ -335,6 +346,22 @@ def initial_state(adapters: dict[str, layers.Params], optimizer: optax.GradientT
         # float32 whatever is averaged: a thousandth of a bfloat16 number is lost in it.
         state["average"] = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), adapters)
     return state
+
+
+def state_maker(
+    config: Config, base: layers.Params, optimizer: optax.GradientTransformation
+) -> Callable[[layers.Params | None], State]:
+    """The function from the adapter that training begins with, None for a fresh one, to the state before step 1."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base)
+
+    def make(start: layers.Params | None) -> State:
+        if start is None:
+            key = draws.key(config.train.seed, draws.ADAPTER_INIT)
+            rank, alpha = config.lora.rank, config.lora.alpha
+            start = lora.initialize(key, shapes, rank=rank, alpha=alpha, stacked=flux.STACKED).params
+        return initial_state({config.lora.name: start}, optimizer, config)
+
+    return make
 
 
 def exported(state: State, config: Config, frozen: Mapping[str, Adapter] | None = None) -> dict[str, Adapter]:
@@ -402,14 +429,48 @@ class StopVote:
         return None if before is None else int(jax.device_get(before)) or None
 
 
-def host_row(step: int, values: Values, timing: Mapping[str, float]) -> dict[str, Any]:
-    """One line of ``metrics.jsonl``. Waits for the step's values.
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A step whose values are still on the device.
 
-    Raises UserError naming the step when a value is not finite.
+    Attributes:
+      step: its number, from 1 on.
+      values: see ``make_step``.
+      timing: see ``StepClock``.
+      numbers: this process's rows of its batch, see ``reproduce.numbers``.
+      position: of the loader, before that batch.
     """
-    numbers = {name: float(value) for name, value in jax.device_get(values).items()}
-    optim.check_finite(numbers, step)
-    return {"step": step, **numbers, **timing}
+
+    step: int
+    values: Values
+    timing: Mapping[str, float]
+    numbers: Mapping[str, Any]
+    position: Mapping[str, Any]
+
+
+def host_row(made: Made) -> dict[str, Any]:
+    """One line of ``metrics.jsonl``. Waits for the step's values."""
+    numbers = {name: value.item() for name, value in jax.device_get(made.values).items()}
+    return {"step": made.step, **numbers, **made.timing}
+
+
+def written(row: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """A row as JSON has it: a number that is not finite is null, and nothing is skipped unless it is asked for."""
+    kept = {name: value for name, value in row.items() if name != "skipped" or config.train.nonfinite == "skip"}
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in kept.items()
+    }
+
+
+def before(state: State, step: int) -> State:
+    """The state before ``step``, which was not finite, from one that nothing changed since."""
+    # Arithmetic on what is there keeps its place on the mesh.
+    return {**state, "optimizer": optim.released(state["optimizer"]), "step": state["step"] * 0 + (step - 1)}
+
+
+def resumed(state: State, config: Config) -> State:
+    """A restored state; what an earlier part of the run skipped does not hold one that stops instead."""
+    return state if config.train.nonfinite == "skip" else {**state, "optimizer": optim.released(state["optimizer"])}
 
 
 def export(config: Config, folder: runs.RunFolder, adapter: Adapter, step: int, base_sha256: str) -> Path:

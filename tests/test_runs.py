@@ -78,12 +78,25 @@ def test_a_run_folder_has_one_process_at_a_time(tmp_path: Path) -> None:
     config = fixtures.config(tmp_path)
     with (
         runs.open_run(config),
-        pytest.raises(UserError, match="another process is working in it"),
+        pytest.raises(UserError, match=rf"another process is working in it \(process {os.getpid()} on .*, lock "),
         runs.open_run(config),
     ):
         pass
     with runs.open_run(config):
         pass
+
+
+def test_a_dead_run_keeps_no_lock(tmp_path: Path) -> None:
+    program = f"""
+        import os, pathlib, signal, sys
+        from nabla_jax import runs
+        with runs.lock(pathlib.Path({str(tmp_path / ".lock")!r}), "here"):
+            if len(sys.argv) > 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+    """
+    for words, status in ((["die"], -signal.SIGKILL), ([], 0)):
+        done = subprocess.run([sys.executable, "-c", textwrap.dedent(program), *words], check=False)
+        assert done.returncode == status
 
 
 def test_stop_signals_set_a_flag_then_interrupt() -> None:

@@ -1,14 +1,25 @@
 """The state of a training run (Orbax): a continued run equals an uninterrupted one bit for bit."""
 
+import itertools
+import json
 import shutil
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from nabla_jax.errors import UserError
+from nabla_jax.parallel import processes
+from nabla_jax.runs import writing
+
+# The checksums' name beside what the caller keeps.
+_SUMS = "checksums"
+_ADVICE = "; delete this folder to continue from the checkpoint before it"
 
 
 class RunState:
@@ -29,6 +40,10 @@ class RunState:
         """The newest complete step, or None."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """The complete steps, in order."""
+        return sorted(self._manager.all_steps())
+
     def check_room(self, arrays: Any) -> None:
         """Raises UserError unless the disk has room for another checkpoint of ``arrays`` (or their shapes)."""
         needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
@@ -43,12 +58,15 @@ class RunState:
     def save(self, step: int, arrays: Any, position: dict[str, Any]) -> None:
         """Starts saving; returns when the arrays are copied and may be donated.
 
+        A checksum of every array and of ``position`` is kept with it: ``restore`` compares them.
+
         Raises UserError when the disk has no room for it.
         """
         if step in self._manager.all_steps():
             return
         self.check_room(arrays)
-        args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), position=ocp.args.JsonSave(position))
+        kept = {**position, _SUMS: _all_sums(arrays, position)}
+        args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), position=ocp.args.JsonSave(kept))
         self._manager.save(step, args=args, force=True)
 
     def restore(self, step: int, abstract: Any, shardings: Any) -> tuple[Any, dict[str, Any]]:
@@ -58,15 +76,61 @@ class RunState:
         """
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
         args = ocp.args.Composite(arrays=ocp.args.StandardRestore(target), position=ocp.args.JsonRestore())
+        path = self._folder / str(step)
         try:
             restored = self._manager.restore(step, args=args)
-        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(
-                f"{self._folder / str(step)}: cannot be restored ({first}); delete this "
-                "folder to continue from the checkpoint before it"
-            ) from error
-        return restored["arrays"], restored["position"]
+            arrays, position = restored["arrays"], dict(restored["position"])
+        except Exception as error:
+            # Orbax raises nothing more special for an array whose file is cut short.
+            if type(error) is not Exception and not isinstance(error, ValueError | KeyError | TypeError | OSError):
+                raise
+            # Tensorstore adds pages of its settings.
+            first = str(error).partition("\n")[0].partition(" [tensorstore_spec")[0] or type(error).__name__
+            raise UserError(f"{path}: cannot be restored ({first[:300]}){_ADVICE}") from error
+        # Absent from checkpoints that are older than checksums.
+        kept = position.pop(_SUMS, None)
+        if kept is not None and (found := _all_sums(arrays, position)) != kept:
+            differing = [name for name in found if found[name] != kept.get(name)] or sorted(kept.keys() - found.keys())
+            raise UserError(f"{path}: cannot be restored ({differing[0]} is not what was saved){_ADVICE}")
+        return arrays, position
+
+    def restore_newest(
+        self, abstract: Any, shardings: Any, tell: Callable[[str], None]
+    ) -> tuple[int, Any, dict[str, Any]] | None:
+        """The newest step that can be restored, with what ``restore`` returns for it; None where there is no step.
+
+        Damaged ones after it are moved to ``damaged/`` beside this folder, which ``tell`` is told of. All processes
+        must call it, and all go back where one cannot read. Raises UserError when not a single one can be restored.
+        """
+        mistakes: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            mistake, restored = "", None
+            try:
+                restored = self.restore(step, abstract, shardings)
+            except UserError as error:
+                mistake = str(error)
+            mistakes[step] = next((m.decode() for m in processes.gather(mistake.encode()) if m), "")
+            if restored is not None and not mistakes[step]:
+                del mistakes[step]
+                self._set_aside(mistakes, step, tell)
+                return step, *restored
+        if mistakes:
+            raise UserError(next(iter(mistakes.values())))
+        return None
+
+    def _set_aside(self, mistakes: Mapping[int, str], step: int, tell: Callable[[str], None]) -> None:
+        for damaged, mistake in mistakes.items():
+            folder = self._folder.parent / "damaged"
+            names = (f"{damaged}-{n}" if n else str(damaged) for n in itertools.count())
+            kept = next(folder / name for name in names if not (folder / name).exists())
+            if processes.is_first():
+                with writing(kept):
+                    folder.mkdir(exist_ok=True)
+                    (self._folder / str(damaged)).rename(kept)
+            tell(f"{mistake.removesuffix(_ADVICE)}; kept as {kept}, continuing from step {step}")
+        if mistakes:
+            processes.wait_for_all("damaged checkpoints set aside")
+            self._manager.reload()
 
     def wait(self) -> None:
         """Blocks until the save in flight is on disk."""
@@ -88,3 +152,29 @@ def latest_step(folder: Path) -> int | None:
     """The newest complete step, from the folder's names alone (without Orbax or jax)."""
     steps = [int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdigit()] if folder.is_dir() else []
     return max(steps, default=None)
+
+
+def _all_sums(arrays: Any, position: Mapping[str, Any]) -> dict[str, int]:
+    return checksums(arrays) | {"position": zlib.crc32(json.dumps(position, sort_keys=True).encode())}
+
+
+def checksums(arrays: Any) -> dict[str, int]:
+    """Name in a tree -> a number below 2**32 that any single changed element of the array changes.
+
+    The sum of the elements' bits, each times an odd weight of its own: whole numbers, so that it does not depend on how
+    devices or processes share the array. All processes must call it.
+    """
+    named = jax.tree_util.tree_leaves_with_path(arrays)
+    sums = jax.device_get([_checksum(leaf) for _, leaf in named])
+    return {jax.tree_util.keystr(path): int(total) for (path, _), total in zip(named, sums, strict=True)}
+
+
+@jax.jit
+def _checksum(array: jax.Array) -> jax.Array:
+    width = {2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(array, width).astype(jnp.uint32)
+    place, stride = jnp.zeros(array.shape, jnp.uint32), 1
+    for axis in reversed(range(array.ndim)):
+        place += jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= array.shape[axis]
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)

@@ -1,4 +1,4 @@
-"""Clipping, and what happens when a gradient is not finite."""
+"""Clipping, and what happens when a step is not finite."""
 
 import math
 from collections.abc import Mapping
@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-
-from nabla_jax.errors import UserError
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
@@ -33,45 +31,50 @@ class GuardState(NamedTuple):
     inner: Any
 
 
-def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Leaves parameters and the state of `inner` as they are when any gradient is NaN or infinite.
+def skip_nonfinite(inner: optax.GradientTransformation, *, hold: bool) -> optax.GradientTransformationExtraArgs:
+    """Leaves parameters and the state of `inner` as they are in a step that is not finite.
 
-    A step that overflows then cannot spoil the state that is about to be saved. It does not pass unseen: it
-    is counted (`skipped_steps`), and the loss or gradient norm of such a step makes `check_finite` stop the
-    run.
+    That is one in which the loss (`value`, a keyword of `update`), a gradient or their norm, a parameter after it or a
+    number of `inner`'s state is NaN or infinite. It does not pass unseen: it is counted, see `skipped_steps`.
+
+    Args:
+      inner: the optimizer.
+      hold: nothing changes after such a step either, so that what it began with is still there when the host, one step
+        later, hears of it; `released` lets the steps go on.
     """
 
     def init(params: Any) -> GuardState:
         return GuardState(jnp.zeros((), jnp.int32), inner.init(params))
 
-    def update(updates: Any, state: GuardState, params: Any = None) -> tuple[Any, GuardState]:
-        finite = jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(updates)]).all()
+    def update(
+        updates: Any, state: GuardState, params: Any = None, *, value: jax.Array | None = None, **_: Any
+    ) -> tuple[Any, GuardState]:
         # Selecting leaf by leaf, not lax.cond: the selects fuse into the update and keep donated buffers in
         # place.
         stepped, following = inner.update(updates, state.inner, params)
+        moved = None if params is None else optax.apply_updates(params, stepped)
+        reached = (value, updates, optax.tree.norm(updates), moved, following)
+        finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(reached)]).all()
+        if hold:
+            finite &= state.skipped == 0
         stepped = jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), stepped)
         following = jax.tree.map(lambda new, old: jnp.where(finite, new, old), following, state.inner)
         return stepped, GuardState(state.skipped + jnp.where(finite, 0, 1), following)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def skipped_steps(state: GuardState) -> jax.Array:
-    """How many steps of the run were skipped because a gradient was not finite; int32 scalar."""
+    """How many steps of the run changed nothing because they were not finite; int32 scalar."""
     return state.skipped
 
 
-def check_finite(metrics: Mapping[str, float], step: int) -> None:
-    """Stops a run that has lost its numbers.
+def released(state: GuardState) -> GuardState:
+    """The state before a step that was not finite, from one that was held since."""
+    return state._replace(skipped=state.skipped * 0)
 
-    Args:
-        metrics: name to value, on the host.
-        step: where they were measured.
 
-    Raises:
-        UserError: naming the step and every metric that is NaN or infinite.
-    """
+def nonfinite(metrics: Mapping[str, float]) -> str:
+    """Which metrics, name to value on the host, are NaN or infinite, in words; empty when all are finite."""
     bad = {name: float(value) for name, value in metrics.items() if not math.isfinite(value)}
-    if bad:
-        found = ", ".join(f"{name} is {value}" for name, value in bad.items())
-        raise UserError(f"step {step}: {found}; expected finite numbers (try a lower optim.lr or optim.clip)")
+    return ", ".join(f"{name} is {value}" for name, value in bad.items())

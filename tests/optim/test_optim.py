@@ -15,12 +15,15 @@ import torch
 from nabla_jax.config import Optim
 from nabla_jax.errors import UserError
 from nabla_jax.optim import (
-    check_finite,
+    STUCK_AFTER,
     clip_by_global_norm,
     make,
+    nonfinite,
     prodigy,
     prodigy_estimate,
+    released,
     skipped_steps,
+    stuck,
 )
 
 CONFIGS = [Optim(), Optim(name="adamw", lr=1e-2)]
@@ -262,7 +265,40 @@ def test_settings_out_of_range(change: dict[str, Any], message: str) -> None:
         make(dataclasses.replace(Optim(), **change))
 
 
-def test_check_finite() -> None:
-    check_finite({"loss": 1.0, "grad_norm": 0.0}, 3)
-    with pytest.raises(UserError, match="step 7: loss is nan, grad_norm is inf"):
-        check_finite({"loss": math.nan, "rate": 1.0, "grad_norm": math.inf}, 7)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
+def test_a_loss_that_is_not_finite_holds_every_later_step_until_it_is_released(config: Optim) -> None:
+    params, gradients = _params(), _gradients(3)
+    for what, later in (("stop", 2), ("skip", 1)):
+        optimizer = make(config, nonfinite=what)
+        moved, state = _run(optimizer, params, gradients)
+        _, held = optimizer.update(gradients[0], state, moved, value=jnp.float32(math.nan))
+        jax.tree.map(np.testing.assert_array_equal, held.inner, state.inner)
+        _, following = optimizer.update(gradients[0], held, moved, value=jnp.float32(1))
+        assert skipped_steps(following) == later
+        jax.tree.map(np.testing.assert_array_equal, released(held), state)
+
+
+def test_parameters_that_would_overflow_change_nothing() -> None:
+    optimizer = make(Optim(name="adamw", lr=3e38, weight_decay=1e30))
+    params = {"w": jnp.ones(3)}
+    updates, state = optimizer.update({"w": jnp.ones(3)}, optimizer.init(params), params)
+    np.testing.assert_array_equal(updates["w"], np.zeros(3))
+    assert skipped_steps(state) == 1
+
+
+def test_nonfinite_metrics_in_words() -> None:
+    assert nonfinite({"loss": 1.0, "grad_norm": 0.0, "skipped": 3}) == ""
+    assert nonfinite({"loss": math.nan, "rate": 1.0, "grad_norm": math.inf}) == "loss is nan, grad_norm is inf"
+
+
+def test_an_estimate_at_its_start_is_told_of_at_one_step_alone() -> None:
+    config = Optim(d0=1e-6)
+    start = float(np.float32(1e-6))
+    assert "still optim.d0 = 1e-06" in stuck(config, STUCK_AFTER, start)
+    for step, estimate in (
+        (STUCK_AFTER, 2e-6),
+        (STUCK_AFTER, None),
+        (STUCK_AFTER - 1, start),
+        (STUCK_AFTER + 1, start),
+    ):
+        assert stuck(config, step, estimate) == ""

@@ -83,6 +83,28 @@ def test_what_four_processes_saved_is_what_one_restores(tmp_path: Path) -> None:
             np.testing.assert_array_equal(restored[name], value, err_msg=name)
 
 
+def test_two_processes_continue_bit_for_bit_also_with_other_workers(tmp_path: Path) -> None:
+    """Two steps and two more are four; the second half is read by worker processes, the first by threads."""
+    runs_of = {"whole": ((4, 0),), "halves": ((2, 0), (4, 1))}
+    for name, parts in runs_of.items():
+        for steps, workers in parts:
+            settings = {
+                "train__workdir": str(tmp_path / name), "train__steps": steps, "data__workers": workers,
+                "mesh__fsdp": 2,
+            }  # fmt: skip
+            config = fixtures.write_config(fixtures.prepared_root(), tmp_path / f"{name}_{steps}.py", **settings)
+            for status, error in finish(start(config, 2, 1)):
+                assert status == 0, error
+    whole, halves = (runs.RunFolder(tmp_path / name) for name in runs_of)
+    assert halves.adapter(4, "fill").read_bytes() == whole.adapter(4, "fill").read_bytes()
+    times = ("seconds", "data_seconds", "samples_per_second")
+    measured = [
+        [{k: v for k, v in row.items() if k not in times} for row in runs.read_rows(folder.metrics)]
+        for folder in (whole, halves)
+    ]
+    assert [row["step"] for row in measured[0]] == [1, 2, 3, 4] and measured[0] == measured[1]
+
+
 def test_a_signal_to_one_stops_all_at_one_step(tmp_path: Path) -> None:
     settings = {"train__workdir": str(tmp_path / "run"), "train__steps": 100_000, "mesh__fsdp": 2}
     config = fixtures.write_config(fixtures.prepared_root(), tmp_path / "config.py", **settings)
