@@ -7,6 +7,7 @@
 # make fuzz  — a hundred thousand damaged inputs to every reader of outside files; minutes (docs/trust.md)
 # make bench-gpu  — the table of targets on a GPU, and PyTorch beside it (docs/performance.md)
 # make faults — 220 faults in every verb (kill -9, full disks, damaged checkpoints, ...); nothing may be lost or done twice
+# make test-latest — quick tests under the newest releases that pip finds, in .venv-latest, on Python 3.12
 # make plan-tpu — the TPU compiler in .venv-tpu, which needs no TPU: python -m nabla_jax.plan then asks it (docs/plan.md)
 #
 # PYTHON=python3.12    another interpreter (3.11 or newer)
@@ -14,11 +15,19 @@
 # WORLD_SEED=7         the demo on another world
 
 PYTHON ?= python3
+PYTHON312 ?= python3.12
 WORLD_SEED ?= 0
 TORCH_INDEX ?=
 BIN := .venv/bin
 
-.PHONY: install app demo toy-table toy-assets test test-browser faults fuzz lint types bench plan-tpu bench-gpu clean
+.PHONY: install app demo toy-table toy-assets test test-browser test-latest faults fuzz lint types bench plan-tpu bench-gpu clean
+
+# Quick tests that need neither torch nor diffusers: golden numbers, models, formulas, configurations, and one small run
+# from records through training and pictures to its evaluation.
+FAST := tests/golden tests/conditioning/test_diptych.py tests/conditioning/test_masks.py tests/data/test_records.py \
+	tests/data/test_pairs.py tests/metrics/test_identity.py tests/metrics/test_statistics.py \
+	tests/metrics/test_summary.py tests/models/test_bf16.py tests/models/test_memory.py tests/test_compact.py \
+	tests/test_config.py tests/test_plan.py tests/test_plan_flops.py tests/test_reposing.py tests/test_runs.py
 
 install: .venv/installed
 
@@ -66,6 +75,15 @@ faults: install
 fuzz: install
 	JAX_PLATFORMS=cpu $(BIN)/python -m tests.fuzz --inputs 100000 --seed 0
 
+test-latest: .venv-latest/installed
+	.venv-latest/bin/python -m pytest -n 2 --dist worksteal --durations=10 $(FAST)
+
+.venv-latest/installed: pyproject.toml
+	@.venv-latest/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON312) -m venv --clear .venv-latest
+	@# Without constraints.txt, and without torch: the newest one brings gigabytes of libraries for GPUs.
+	.venv-latest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e . hypothesis pytest pytest-xdist
+	@touch $@
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -91,4 +109,4 @@ plan-tpu: .venv-tpu/installed
 	@echo "the TPU compiler is in .venv-tpu: .venv-tpu/bin/python -m nabla_jax.plan --config configs/omk_keypoints.py --topology v5e:2x4 --mesh fsdp=8 --config.train.batch=8"
 
 clean:
-	rm -rf .venv .venv-app .venv-tpu .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info runs/demo data/toybirds* prepared/toybirds*
+	rm -rf .venv .venv-app .venv-tpu .venv-latest .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info runs/demo data/toybirds* prepared/toybirds*

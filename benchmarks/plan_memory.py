@@ -88,7 +88,7 @@ def verb(name: str, *arguments: str) -> None:
 def measure(folder: Path, heads: int, size: int, batch: int, remat: str) -> dict[str, Any]:
     """One record; ``folder`` is empty."""
     write_base(folder / "base", heads)
-    verb("toybirds", "--out", str(folder / "world"), "--size", str(size), "--images", "48", "--orders", "1")
+    verb("toybirds", "--out", str(folder / "world"), "--size", str(size), "--images", "80", "--orders", "1")
     settings = {
         "base.path": folder / "base",
         "data.root": folder / "world" / "nabirds",

@@ -308,7 +308,7 @@ def test_the_compiled_step_takes_the_bytes_of_the_plan(planner: planning.Planner
     assert compiled.arguments == pytest.approx(stored.base + stored.checkpoint + batch, rel=0.01)
     assert compiled.results < 0.01 * stored.checkpoint  # the state is donated
     # The traced and compiled step itself: more than a page, far less than a gigabyte.
-    assert 2**20 < compiled.program < 2**30 and compiled.process == compiled.total + compiled.program
+    assert 2**20 < compiled.program < 2**30 and compiled.process >= compiled.total + compiled.program
 
 
 def test_without_a_compiler_one_line_says_how_to_get_it(planner: planning.Planner, monkeypatch: Any) -> None:

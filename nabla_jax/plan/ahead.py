@@ -26,6 +26,10 @@ from nabla_jax.plan.machines import Topology
 from nabla_jax.plan.meshes import MeshShape
 from nabla_jax.plan.networks import Networks
 
+RUNNING = 0.05
+"""What a step that runs on processors allocates beside its temporaries, as a part of them: with 1.1, 2.7 and 6.3 GiB of
+temporaries 11, 8 and 5 % were measured."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
@@ -57,7 +61,7 @@ class Compiled:
     @property
     def process(self) -> int:
         """What a training process on processors takes beyond its imports."""
-        return self.total + self.program
+        return self.total + self.program + round(RUNNING * self.temporaries)
 
 
 def can_compile(topology: Topology) -> bool:
