@@ -1,5 +1,6 @@
 """Device meshes."""
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -84,13 +85,20 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     Among several processes each gives its own rows, see ``batch_share``; the result is all of them.
     """
     sharding = batched(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    with _meant():
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def put_replicated(tree: Any, mesh: Mesh) -> Any:
     """Moves a tree of host arrays, the same in every process, to each device of the mesh."""
     sharding = replicated(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x, x.shape), tree)
+    with _meant():
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x, x.shape), tree)
+
+
+def _meant() -> contextlib.AbstractContextManager[None]:
+    # Among several processes a transfer guard takes what makes arrays of their parts for a hidden transfer.
+    return jax.transfer_guard_host_to_device("allow")
 
 
 def to_host(tree: Any, mesh: Mesh) -> Any:
