@@ -185,6 +185,7 @@ def run_ours(options: argparse.Namespace, case: Case, work: str, side: str, file
     import jax
 
     from benchmarks import jax_side
+    from nabla_jax import host_memory
 
     jax.devices()
     sides.event("imported")
@@ -196,6 +197,7 @@ def run_ours(options: argparse.Namespace, case: Case, work: str, side: str, file
     if work == "train":
         state, step = jax_side.make_step(model)
         compiled: Any = step.lower(state, model.base, data).compile()
+        host_memory.give_back()  # as training does
         held = [state]
         del state
 

@@ -18,7 +18,7 @@ from nabla_jax.checkpoints import pipeline
 from nabla_jax.checkpoints.safetensors_io import read_header
 from nabla_jax.data.records import RecordReader, encode_record, write_shard
 from nabla_jax.errors import UserError
-from nabla_jax.models import flux
+from nabla_jax.models import flux, layers
 from nabla_jax.models.partitioning import AXES
 from nabla_jax.parallel import rules
 from nabla_jax.plan import ahead, count, machines, memory, meshes, networks, planning, roofline
@@ -61,8 +61,8 @@ def test_published_sizes_are_known_without_their_folder() -> None:
     embedded = networks.read_architecture(configs.load(EMBEDDED))
     graph = networks.make(config, dataclasses.replace(embedded, transformer=found.transformer))
     # 11.90 B parameters in bfloat16; rank 16 is 57.95 M parameters in float32.
-    assert meshes.tree_bytes(graph.base) == pytest.approx(2 * 11.90e9, rel=1e-3)
-    assert meshes.tree_bytes(graph.state["adapters"]) == pytest.approx(4 * 57.95e6, rel=1e-3)
+    assert layers.tree_bytes(graph.base) == pytest.approx(2 * 11.90e9, rel=1e-3)
+    assert layers.tree_bytes(graph.state["adapters"]) == pytest.approx(4 * 57.95e6, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8", "nf4"])
@@ -74,11 +74,11 @@ def test_a_quantised_base_has_the_bytes_of_its_arrays(planner: planning.Planner,
     pipeline.save_part(tmp_path, "transformer", TINY, params)
     base = pipeline.load_transformer(tmp_path, dtype=config.train.dtype, quantise=kind).params
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
-    assert memory.sizes(config, found, 0).base == meshes.tree_bytes(found.base) == held
-    assert held < meshes.tree_bytes(params) / 2
+    assert memory.sizes(config, found, 0).base == layers.tree_bytes(found.base) == held
+    assert held < layers.tree_bytes(params) / 2
     # Whole weights beside them: of no more than two blocks, and of all where nothing is computed again.
     mesh, each = meshes.parse_mesh("", 1), memory.Activations(0, 0, 0)
-    whole = {name: meshes.tree_bytes(params[name]) for name in flux.STACKED}
+    whole = {name: layers.tree_bytes(params[name]) for name in flux.STACKED}
     under_way = memory.per_device(config, found, mesh, each)
     assert under_way.base == held and under_way.gathered == 2 * max(whole.values())
     kept = dataclasses.replace(config, train=dataclasses.replace(config.train, remat="none"))
@@ -199,7 +199,7 @@ def test_bytes_of_a_device_are_those_of_jax_own_shards(planner: planning.Planner
         )
         held = sum(jax.tree.leaves(shards))
         assert rules.device_bytes(tree, mesh) == held
-        assert held >= meshes.tree_bytes(tree) / (mesh["fsdp"] * mesh["tensor"])
+        assert held >= layers.tree_bytes(tree) / (mesh["fsdp"] * mesh["tensor"])
 
 
 def test_collectives() -> None:
@@ -259,7 +259,7 @@ def test_the_nearest_setting_that_fits(planner: planning.Planner) -> None:
 
 def test_a_batch_in_parts_holds_the_activations_of_one(planner: planning.Planner) -> None:
     whole, parts = one(planner, remat="full"), one(planner, remat="full", accumulate=4)
-    each, adapters = whole.activations, meshes.tree_bytes(planner.networks.state["adapters"])
+    each, adapters = whole.activations, layers.tree_bytes(planner.networks.state["adapters"])
     assert whole.held.activations == 16 * each.total
     assert parts.held.activations == 4 * (each.saved + each.block) + 16 * each.batch
     # The sum of the gradients, beside those of one part.
@@ -302,7 +302,7 @@ def test_the_compiled_step_takes_the_bytes_of_the_plan(planner: planning.Planner
     topology, mesh = machines.topology("cpu"), meshes.parse_mesh("", 1)
     compiled = ahead.compile_step(config, found, topology, mesh)
     stored = memory.sizes(config, found, 0)
-    batch = meshes.tree_bytes(networks.batch_shapes(config, found.architecture, 2))
+    batch = layers.tree_bytes(networks.batch_shapes(config, found.architecture, 2))
     assert compiled.fits and compiled.temporaries > 0
     # The mask's weight and whatever else nothing reads is no argument of the program.
     assert compiled.arguments == pytest.approx(stored.base + stored.checkpoint + batch, rel=0.01)

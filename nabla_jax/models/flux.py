@@ -32,6 +32,8 @@ Remat = Literal["none", "full", "save_attention", "offload"]
 # A scan copies what the backward pass needs into stacked buffers: a training step of 2 + 4 blocks took 1.4 times as
 # long on two CPU cores. Deep models need it to compile in reasonable time.
 _UNROLLED_DEPTH = 8
+# Unrolled, XLA copies every block's weights out of their stack and keeps all copies while it samples: a second base.
+_UNROLLED_BYTES = 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -609,7 +611,7 @@ class Flux(nnx.Module):
           implementation: attention kernel.
           remat: what the backward pass keeps of each block.
           scan: run the blocks of a kind with ``lax.scan`` (compile time independent of depth) or unrolled; None
-            scans deep models and those with a ``remat``, and unrolls shallow ones.
+            scans deep and large models and those with a ``remat``, and unrolls small ones.
 
         Returns:
           [B, N, velocity_channels] float32.
@@ -767,8 +769,8 @@ def _run(
     stacked = (params, adapters, remembered)
     # Unrolled, XLA's CPU compiler merges what the backward pass should compute again with the forward pass, and keeps
     # it: a middle-sized step took 4.8 GiB of temporaries with every policy, scanned 0.7 with `full`.
-    deep = depth > _UNROLLED_DEPTH or options.remat != "none"
-    if deep if options.scan is None else options.scan:
+    large = depth > _UNROLLED_DEPTH or layers.tree_bytes(params) > _UNROLLED_BYTES
+    if large or options.remat != "none" if options.scan is None else options.scan:
         x, kept = jax.lax.scan(body, x, stacked)
         return x, kept
     every = []

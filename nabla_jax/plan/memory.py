@@ -17,7 +17,7 @@ from nabla_jax.models import flux, layers
 from nabla_jax.models.quantised import Quantised
 from nabla_jax.parallel import rules
 from nabla_jax.plan import count, networks
-from nabla_jax.plan.meshes import MeshShape, tree_bytes
+from nabla_jax.plan.meshes import MeshShape
 from nabla_jax.plan.networks import Architecture, Networks
 from nabla_jax.prepare import kinds
 
@@ -54,20 +54,20 @@ class Sizes:
 
 def sizes(config: Config, found: Networks, pictures: int) -> Sizes:
     """``pictures``: that are prepared."""
-    state, adapters = found.state, tree_bytes(found.state["adapters"])
-    checkpoint, record = tree_bytes(state), record_bytes(config, found.architecture)
+    state, adapters = found.state, layers.tree_bytes(found.state["adapters"])
+    checkpoint, record = layers.tree_bytes(state), record_bytes(config, found.architecture)
     kept = inspect.signature(RunState.__init__).parameters["keep"].default
     saves = math.ceil(config.train.steps / config.train.save_every)
     return Sizes(
-        base=tree_bytes(found.base),
-        vae=tree_bytes(found.vae.params),
-        text_encoders=tree_bytes((found.clip, found.t5)),
-        redux=tree_bytes(found.redux),
+        base=layers.tree_bytes(found.base),
+        vae=layers.tree_bytes(found.vae.params),
+        text_encoders=layers.tree_bytes((found.clip, found.t5)),
+        redux=layers.tree_bytes(found.redux),
         adapters=adapters,
-        gradients=adapters + tree_bytes(summed(config, found)),
-        optimizer=tree_bytes(state["optimizer"]),
-        average=tree_bytes(state.get("average")),
-        frozen_adapter=tree_bytes(found.frozen),
+        gradients=adapters + layers.tree_bytes(summed(config, found)),
+        optimizer=layers.tree_bytes(state["optimizer"]),
+        average=layers.tree_bytes(state.get("average")),
+        frozen_adapter=layers.tree_bytes(found.frozen),
         checkpoint=checkpoint,
         kept_checkpoints=min(kept, saves) * checkpoint,
         adapter_files=saves * adapters,
@@ -120,7 +120,7 @@ def activations(config: Config, found: Networks, remat: flux.Remat, block: int) 
     ``block_bytes``.
     """
     kept = _saved(config, found, remat)
-    batch = tree_bytes(networks.batch_shapes(config, found.architecture, 1))
+    batch = layers.tree_bytes(networks.batch_shapes(config, found.architecture, 1))
     # Nothing of a block is made again where all is kept, but gradients of the widest of it are there for a while.
     return Activations(kept, block // 4 if remat == "none" else block, batch)
 
@@ -193,7 +193,7 @@ def _whole_bytes(tree: Any, dtype: str) -> int:
     def whole(leaf: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, dtype) if isinstance(leaf, Quantised) else leaf
 
-    return tree_bytes(jax.tree.map(whole, tree, is_leaf=lambda leaf: isinstance(leaf, Quantised)))
+    return layers.tree_bytes(jax.tree.map(whole, tree, is_leaf=lambda leaf: isinstance(leaf, Quantised)))
 
 
 def per_device(config: Config, found: Networks, mesh: MeshShape, each: Activations) -> PerDevice:
@@ -201,10 +201,10 @@ def per_device(config: Config, found: Networks, mesh: MeshShape, each: Activatio
     rows = -(-config.train.batch // (mesh["data"] * mesh["fsdp"]))
     # Of a batch that is computed in parts, those of one part are under way at a time.
     active = -(-rows // config.train.accumulate)
-    others = tree_bytes(found.frozen)
+    others = layers.tree_bytes(found.frozen)
     if config.train.sample_every or config.conditioning.method == "insert":
-        others += tree_bytes(found.vae.params)
-    others += tree_bytes(found.redux)
+        others += layers.tree_bytes(found.vae.params)
+    others += layers.tree_bytes(found.redux)
     blocks = {name: _whole_bytes(found.base[name], config.train.dtype) for name in flux.STACKED}
     depths = {name: jax.tree.leaves(found.base[name])[0].shape[0] for name in flux.STACKED}
     gathered, quantise = 0, config.base.quantise != "none"

@@ -2,9 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
-
-import jax
 
 from nabla_jax.errors import UserError
 from nabla_jax.models.partitioning import AXES
@@ -33,8 +30,3 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
 def mesh_text(shape: MeshShape) -> str:
     """The inverse of ``parse_mesh``, without axes of one."""
     return ",".join(f"{axis}={shape[axis]}" for axis in AXES if shape[axis] > 1) or "data=1"
-
-
-def tree_bytes(tree: Any) -> int:
-    """Bytes of all leaves (arrays or shapes)."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -175,6 +175,22 @@ def test_rematerialisation_saves_memory_in_shallow_models() -> None:
     assert temporaries("full") < 0.5 * temporaries("none")
 
 
+def test_sampling_holds_no_second_copy_of_large_weights() -> None:
+    config = FluxConfig.from_json({**TINY, "num_layers": 2, "num_single_layers": 6, "num_attention_heads": 64})
+    graphdef, shapes = layers.abstract(lambda rngs: Flux(config, rngs=rngs))
+    data = inputs(1, (4, 4))
+
+    def sample(params, tokens):
+        def step(_, tokens):
+            return layers.bind(graphdef, params)(branches({**data, "hidden_states": tokens}, None))
+
+        return jax.lax.fori_loop(0, 2, step, tokens)
+
+    compiled = jax.jit(sample).lower(shapes, data["hidden_states"]).compile()
+    # One block at a time lies beside the stacks.
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.75 * layers.tree_bytes(shapes["transformer_blocks"])
+
+
 @pytest.mark.parametrize("remat", ["none", "full", "save_attention"])
 def test_gradients_do_not_depend_on_rematerialisation(remat: flux.Remat, tmp_path: Path) -> None:
     model = reference(guidance_embeds=False)
