@@ -8,8 +8,9 @@ Writes a prepared folder of random numbers in the shapes of ``configs/omk_fill.p
 - with ``nabla_jax.data.loader``: decoded, compared with the manifest, in batches; by threads and by processes
 - with ``torch.utils.data.DataLoader``: the same records, decoded, in batches of the same arrays
 
-Prints each rate and the ratios of the loader to the others (median over the rounds). ``--folder`` keeps the folder for
-the next time.
+Prints each rate and the ratios of the loader to the others (median over the rounds), and how long a training step of
+``--step`` seconds, during which a device works and this machine's cores do not, waits for its batch. ``--folder`` keeps
+the folder for the next time.
 """
 
 import argparse
@@ -63,8 +64,10 @@ def write_folder(folder: Path, pictures: int, size: int) -> None:
     save_file({"prompt_embeds": np.zeros((1, 4, 4), np.float32), "pooled": np.zeros((1, 4), np.float32)}, folder / TEXT)
     manifest = {
         "schema": SCHEMA, "made": "benchmark", "roles": list(ROLES), "features": 0, "moments": list(shape),
-        "shards": shards, "text": _entry(folder / TEXT), "classes": {},
-        "class_ids": [i % 16 for i in range(pictures)], "captions": [0] * pictures,
+        "shards": shards, "text": _entry(folder / TEXT), "settings": {},
+        "classes": {str(i): {"taxonomy": [str(i)]} for i in range(min(pictures, 16))},
+        "ids": [str(i) for i in range(pictures)], "class_ids": [i % 16 for i in range(pictures)],
+        "captions": [0] * pictures,
     }  # fmt: skip
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
@@ -87,6 +90,17 @@ def rate(batches: Iterator[Any], batch: int, warm: int, count: int) -> tuple[flo
         next(batches)
     samples = batch * count
     return samples / (time.perf_counter() - start), 1e3 * (time.process_time() - used) / samples
+
+
+def waiting(batches: Iterator[Any], warm: int, count: int, step: float) -> list[float]:
+    """Seconds that each of ``count`` steps of ``step`` seconds, after ``warm`` ones, waits for its batch."""
+    waited = []
+    for _ in range(warm + count):
+        start = time.perf_counter()
+        next(batches)
+        waited.append(time.perf_counter() - start)
+        time.sleep(step)
+    return waited[warm:]
 
 
 def plain(prepared: Prepared, batch: int) -> Iterator[list[bytes]]:
@@ -141,6 +155,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="threads, or processes, of each loader")
     parser.add_argument("--batches", type=int, default=40, help="measured in each round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--step", type=float, default=0.5, help="seconds of the step that must not wait")
+    parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
     config = load("configs/omk_fill.py")
     batch, workers = config.train.batch, options.workers
@@ -186,6 +202,12 @@ def main() -> None:
             for against in ("plain reader", "torch DataLoader"):
                 ratios = [a / b for a, b in zip(rates[name], rates[against], strict=True)]
                 print(f"{name} / {against}: {statistics.median(ratios):.2f}")
+        for name in ("loader, threads", "loader, processes"):
+            waited = waiting(readers[name], 2, options.steps, options.step)
+            print(
+                f"{name}: a step of {options.step:g} s waited {1e3 * statistics.median(waited):.1f} ms for its batch, "
+                f"{1e3 * max(waited):.1f} at most, {sum(waited) / (options.steps * options.step):.1%} of the time"
+            )
 
 
 if __name__ == "__main__":

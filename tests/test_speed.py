@@ -1,13 +1,15 @@
 """The benchmarks of whole machines, at the smallest size and through the same path."""
 
+import contextlib
 import json
 import textwrap
 from pathlib import Path
 
 import pytest
 
-from benchmarks import cases, gpu, jax_side, scaling, startup
+from benchmarks import cases, gpu, jax_side, loader, scaling, startup
 from benchmarks.cases import Case
+from nabla_jax.data.loader import make_loader, open_prepared
 from tests import fixtures
 
 
@@ -73,3 +75,11 @@ def test_the_start_of_training_is_measured(tmp_path: Path) -> None:
     assert all(0 < run["first"] <= run["whole"] for run in found)
     # The second one compiles nothing that the first one has not compiled.
     assert found[0]["programs"] == found[1]["programs"] > 0
+
+
+def test_the_loader_is_measured_on_a_folder_that_it_reads(tmp_path: Path) -> None:
+    loader.write_folder(tmp_path, 20, 64)
+    with contextlib.closing(make_loader(open_prepared(tmp_path), "all_pairs", 2, loader.SEED, threads=0)) as batches:
+        assert next(batches)["target"].shape == (2, 32, 8, 8)
+        waited = loader.waiting(batches, 1, 3, 0.0)
+    assert len(waited) == 3 and min(waited) > 0
