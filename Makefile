@@ -64,7 +64,7 @@ toy-assets: install
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=20 --ignore=tests/browser
 
-test-browser: install
+test-browser: .venv-app/installed
 	@bash scripts/ensure_chromium.sh
 	$(BIN)/python -m pytest tests/browser --durations=5
 

@@ -20,7 +20,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 import gradio as gr
 import PIL.Image
 
-TYPES = [".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"]
+TYPES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp"]  # of images.FORMATS
 QUEUE = 20  # jobs that wait; the next one is refused
 TITLE = "Re-pose a bird"
 _PROGRESS = gr.Progress()  # gradio looks for it among the defaults
@@ -212,13 +212,13 @@ def _compare_tab(studio: work.Studio, folder: Path, megabytes: float) -> None:
             add = gr.Button("Add to the plate", elem_id="add")
         target = Picker("plate-target", "Target: which pose and place", studio, folder, megabytes)
     listed = gr.Gallery(
-        label="On the plate", columns=5, height=220, interactive=False, elem_id="birds", object_fit="contain",
+        label="On the plate", columns=5, height=270, interactive=False, elem_id="birds", object_fit="contain",
         format="png", buttons=[],
     )  # fmt: skip
     with gr.Row():
         clear = gr.Button("Empty the plate", elem_id="clear", size="sm")
         example = gr.Button("An example of five birds", elem_id="example-plate", size="sm")
-    arrows = gr.File(label="Arrows (CSV: label, row, column, text), may be left out", file_types=[".csv"], height=90)
+    arrows = gr.File(label="Arrows (CSV: label, row, column, text), may be left out", file_types=[".csv"], height=150)
     options = Options("compare", studio)
     draw = gr.Button("Draw the plate", variant="primary", elem_id="draw-plate")
     result = _picture("plate", "Drawn by the model")

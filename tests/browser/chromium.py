@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import io
 import json
 import os
 import select
@@ -11,10 +12,14 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 FLAGS = (
     "--headless",
     "--no-sandbox",  # containers; the pages are our own
     "--disable-gpu",
+    "--enable-unsafe-swiftshader",  # the app's editor draws by WebGL, here without a GPU
     "--no-first-run",
     "--disable-background-networking",
     "--disable-component-update",
@@ -103,7 +108,9 @@ class Browser:
         context = self.call("Target.createBrowserContext")["browserContextId"]
         target = self.call("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        return Page(self, session, width, height, dark, mobile)
+        page = Page(self, session, width, height, dark, mobile)
+        page.context = context
+        return page
 
 
 class Page:
@@ -124,10 +131,11 @@ class Page:
         return [e for e in self.browser.events if e.get("sessionId") == self.session and e["method"] in methods]
 
     def open(self, path, anchor=""):
-        """Goes to a file and waits until it is loaded; returns seconds."""
+        """Goes to a file, or to an address that begins with http, and waits until it is loaded; returns seconds."""
+        address = path if str(path).startswith("http://") else Path(path).resolve().as_uri()
         start = time.monotonic()
         before = len(self.events("Page.loadEventFired"))
-        answer = self.call("Page.navigate", url=Path(path).resolve().as_uri() + anchor)
+        answer = self.call("Page.navigate", url=address + anchor)
         assert "errorText" not in answer, answer
         while len(self.events("Page.loadEventFired")) == before:
             self.browser.events.append(self.browser.receive(start + 120))
@@ -169,8 +177,39 @@ class Page:
     def close(self):
         self.call("Page.close")
 
-    def problems(self):
-        """What a person would see red in the console: errors, warnings, exceptions, requests that are not files."""
+    def give(self, selector, *files):
+        """Chooses files in an input for files."""
+        found = self.call("Runtime.evaluate", expression=f"document.querySelector({json.dumps(selector)})")["result"]
+        assert "objectId" in found, f"found no {selector}"
+        self.call("DOM.setFileInputFiles", files=[str(file) for file in files], objectId=found["objectId"])
+
+    def download_to(self, folder):
+        """Where files go that the page gives to keep; without it they are refused."""
+        self.browser.call(
+            "Browser.setDownloadBehavior",
+            behavior="allow",
+            browserContextId=self.context,
+            downloadPath=str(folder),
+        )
+
+    def mouse(self, kind, x, y, pressed=True):
+        """A mouse event (mouseMoved, mousePressed, mouseReleased) at a place of the window."""
+        button = {"button": "left", "buttons": 1} if pressed else {"button": "none", "buttons": 0}
+        self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, clickCount=1, pointerType="mouse", **button)
+
+    def drag(self, places):
+        """Moves the mouse to the first place (x, y), presses it, and releases it at the last one."""
+        self.mouse("mouseMoved", *places[0], pressed=False)
+        self.mouse("mousePressed", *places[0])
+        for place in places:
+            self.mouse("mouseMoved", *place)
+        self.mouse("mouseReleased", *places[-1])
+
+    def problems(self, origin=None):
+        """What a person would see red in the console: errors, warnings, exceptions, requests that are not files.
+
+        Requests to ``origin`` are a page's own.
+        """
         self.js("1")  # lets pending events arrive
         found = [e["params"]["exceptionDetails"] for e in self.events("Runtime.exceptionThrown")]
         found += [
@@ -178,7 +217,18 @@ class Page:
         ]
         found += [e["params"]["entry"] for e in self.events("Log.entryAdded")]
         addresses = [e["params"]["request"]["url"] for e in self.events("Network.requestWillBeSent")]
-        return found + [a for a in addresses if not a.startswith(("file:", "data:", "about:"))]
+        own = ("file:", "data:", "about:") if origin is None else ("data:", "about:", "blob:", origin)
+        return found + [a for a in addresses if not a.startswith(own)]
+
+    def pixels(self, selector):
+        """What is seen of an element: its corner (x, y) in the window, and the pixels [H, W, 3] there."""
+        x, y, width, height = self.js(
+            f"(() => {{ const r = document.querySelector({json.dumps(selector)}).getBoundingClientRect();"
+            "return [r.x, r.y, r.width, r.height]; })()"
+        )
+        clip = {"x": x, "y": y, "width": width, "height": height, "scale": 1}
+        answer = self.call("Page.captureScreenshot", format="png", clip=clip)
+        return (x, y), np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["data"]))).convert("RGB"))
 
     def screenshot(self, path, full=False):
         answer = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=full)
