@@ -354,14 +354,14 @@ def state_maker(
     """The function from the adapter that training begins with, None for a fresh one, to the state before step 1."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base)
 
-    def make(start: layers.Params | None) -> State:
+    def first_state(start: layers.Params | None) -> State:
         if start is None:
             key = draws.key(config.train.seed, draws.ADAPTER_INIT)
             rank, alpha = config.lora.rank, config.lora.alpha
             start = lora.initialize(key, shapes, rank=rank, alpha=alpha, stacked=flux.STACKED).params
         return initial_state({config.lora.name: start}, optimizer, config)
 
-    return make
+    return first_state
 
 
 def exported(state: State, config: Config, frozen: Mapping[str, Adapter] | None = None) -> dict[str, Adapter]:

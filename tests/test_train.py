@@ -1,5 +1,6 @@
 """Training on a tiny random base: continuing, stopping, exporting, and refusing what does not fit."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,10 +18,11 @@ import optax
 import pytest
 from safetensors.numpy import load_file
 
-from nabla_jax import reposing, runs, train, training
+from nabla_jax import api, reposing, runs, train, training
+from nabla_jax import config as configs
 from nabla_jax.checkpoints import adapters, pipeline
 from nabla_jax.checkpoints.run_state import RunState
-from nabla_jax.data.loader import make_loader
+from nabla_jax.data.loader import make_loader, open_prepared
 from nabla_jax.errors import UserError
 from nabla_jax.models import flux, lora
 from nabla_jax.parallel import mesh as meshes
@@ -242,7 +244,7 @@ def test_samples_are_drawn_during_training(tmp_path: Path, monkeypatch: pytest.M
         at_call(3, lambda: before.extend(compiled), monkeypatch)
         train.main(arguments(tmp_path, train__sample_every=2))
     # One program each; after the first checkpoint and the first sheet nothing is compiled any more.
-    assert [compiled.count(name) for name in ("jit(step)", "jit(initial_state)", "jit(draw)")] == [1, 1, 1]
+    assert [compiled.count(name) for name in ("jit(step)", "jit(first_state)", "jit(draw)")] == [1, 1, 1]
     assert compiled == before
     sheets = sorted((tmp_path / "run" / "samples").iterdir())
     assert [sheet.name for sheet in sheets] == ["step_2.png", "step_4.png"]
@@ -253,6 +255,16 @@ def test_samples_are_drawn_during_training(tmp_path: Path, monkeypatch: pytest.M
     np.testing.assert_array_equal(first[:, : 3 * size], second[:, : 3 * size])
     # Drawing pictures takes nothing from training.
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(fixtures.trained_run())
+    # The adapter's file draws them again, as the verbs and the Python interface read it.
+    config = configs.load(str(tmp_path / "config.py"))
+    reposer = api.load(configs.resolve_base(config), tmp_path / "run")
+    pairs = make_loader(open_prepared(config.data.prepared), config.train.sampler, 3, config.sample.seed)
+    with contextlib.closing(pairs):
+        batch = next(pairs)
+    shown = {k: batch[k] for k in (*reposer.method.pictures, "prompt_embeds", "pooled")}
+    shown["sample"] = batch["sample"].astype(np.uint32)
+    drawn = reposer.draw(shown, dataclasses.replace(config.sample, batch=3))
+    np.testing.assert_array_equal(second[:, 3 * size :], np.concatenate(list(drawn)))
 
 
 def test_a_transfer_that_nobody_asked_for_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
