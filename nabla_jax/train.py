@@ -167,9 +167,9 @@ def train(config: configs.Config, folder: runs.RunFolder) -> None:
         with runs.progress(settings.steps, "train", done=start, unit="step", shown=first) as bar:
             for step in range(start + 1, settings.steps + 1):
                 where, position = f"{folder.path}: step {step}", loader.get_state()
+                with watch.part("waiting for input", where):
+                    read = next(loader)  # which may encode pictures, and load what does
                 with training.no_hidden_transfers():
-                    with watch.part("waiting for input", where):
-                        read = next(loader)
                     batch = training.device_batch(read, mesh, inputs.diptychs)
                     clock.data_arrived()
                 if step == start + 1:
