@@ -90,6 +90,8 @@ def compile_step(config: Config, found: Networks, topology: Topology, shape: Mes
         kernel = attention.ahead(config.base.attention, found.architecture.transformer.attention_head_dim)
         method = dataclasses.replace(method, attention=kernel)
     step: Any = training.make_step(method, found.optimizer, config, state)
+    # Before, too: what was freed earlier and goes back now would hide what the step takes.
+    host_memory.give_back()
     start, before = time.perf_counter(), host_memory.anonymous()
     with jax.set_mesh(mesh):
         lowered = step.lower(*arguments)
