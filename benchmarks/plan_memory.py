@@ -114,7 +114,7 @@ def measure(folder: Path, heads: int, size: int, batch: int, remat: str) -> dict
         "estimated": plan["per_device"],
         "measured": found,
         "ratio": {state: plan["compiled"]["process"] / one["beyond_imports"] for state, one in found.items()},
-        "environment": runs.environment(),
+        "environment": runs.environment() | {"command": ["benchmarks/plan_memory.py", *sys.argv[1:]]},
     }
 
 

@@ -67,7 +67,8 @@ def record(case: Case, plan: Mapping[str, Any]) -> dict[str, Any]:
         "fits": plan["fits"],
         "compiled": plan["compiled"],
         "seconds_of_a_step": plan["seconds"]["least"],
-        "environment": runs.environment() | {"machine": machine(), "LIBTPU_INIT_ARGS": FLAGS},
+        "environment": runs.environment()
+        | {"command": ["benchmarks/plan_tpu.py", *sys.argv[1:]], "machine": machine(), "LIBTPU_INIT_ARGS": FLAGS},
     }
 
 

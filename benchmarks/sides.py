@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nabla_jax import host_memory
 from nabla_jax.runs import environment, write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -28,12 +29,10 @@ def event(name: str, **values: Any) -> None:
 
 def anonymous_memory(process: "subprocess.Popen[str]", pause: float = 0.003) -> Iterator[tuple[float, int]]:
     """(time, bytes of anonymous memory) of a running process, every ``pause`` seconds; on Linux only."""
-    status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
-        now = time.monotonic()
-        for line in status.read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                yield now, int(line.split()[1]) * 1024
+        now, found = time.monotonic(), host_memory.anonymous(process.pid)
+        if found:
+            yield now, found
         time.sleep(pause)
 
 
