@@ -14,7 +14,6 @@ from PIL import Image
 from nabla_jax import api, evaluate, flow, images, plates, prepare, runs
 from nabla_jax import config as configs
 from nabla_jax.checkpoints import pipeline
-from nabla_jax.errors import UserError
 from nabla_jax.extract import work
 from nabla_jax.hashing import file_sha256
 from nabla_jax.metrics import summary
@@ -22,14 +21,7 @@ from nabla_jax.report import pages, reading
 from nabla_jax.toybirds import write_world
 from tests.data import folders
 from tests.fuzz import mutate, parsers
-
-
-def refused(call: Callable[[], object], *told: str) -> None:
-    with pytest.raises(UserError) as error:
-        call()
-    for text in told:
-        assert text in str(error.value), str(error.value)[:500]
-
+from tests.refusals import refused
 
 # ------------------------------------------------------------------------------------------------------------
 # Configurations

@@ -10,17 +10,10 @@ import pytest
 
 from nabla_jax.checkpoints import adapters, pipeline, safetensors_io
 from nabla_jax.checkpoints.adapter_formats import Pair
-from nabla_jax.errors import UserError
 from nabla_jax.models import autoencoder, clip, dinov2, flux, keypoint_head, lpips, redux, siglip, t5
+from tests.refusals import refused
 
 NAME = "transformer.x_embedder"
-
-
-def refused(call: Callable[[], object], *told: str) -> None:
-    with pytest.raises(UserError) as error:
-        call()
-    for text in told:
-        assert text in str(error.value), str(error.value)[:500]
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:

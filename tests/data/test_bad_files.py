@@ -28,17 +28,9 @@ from nabla_jax.data import (
 )
 from nabla_jax.data.problems import Problems
 from nabla_jax.data.tables import read_csv
-from nabla_jax.errors import UserError
 from tests.data import folders
 from tests.fuzz import parsers
-
-
-def refused(call: Callable[[], object], *told: str) -> None:
-    with pytest.raises(UserError) as error:
-        call()
-    for text in told:
-        assert text in str(error.value), str(error.value)[:500]
-
+from tests.refusals import refused
 
 # ------------------------------------------------------------------------------------------------------------
 # Lists
