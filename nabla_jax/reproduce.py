@@ -116,7 +116,7 @@ def _again(config: configs.Config, folder: runs.RunFolder, step: int) -> str:
     from nabla_jax.parallel import rules
 
     mesh = meshes.make_mesh(dataclasses.asdict(config.mesh))
-    meshes.check_batch(config.train.batch, mesh, "train.batch")
+    meshes.check_batch(config.train.batch, mesh, "train.batch", config.train.accumulate)
     training.check_prepared(config)
     frozen = training.load_frozen(config)
     frozen = jax.device_put(frozen, rules.shardings(frozen, mesh))
