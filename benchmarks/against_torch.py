@@ -107,7 +107,7 @@ def measure(record: sides.Record, options: argparse.Namespace, argv: Sequence[st
                     f"{values['seconds_to']['ready']:.0f} s",
                     flush=True,
                 )
-            runs.append(values | {"latents": np.load(file)} if work == "sample" else values)
+            runs.append(values | {"latents": np.load(file, allow_pickle=False)} if work == "sample" else values)
     return found
 
 

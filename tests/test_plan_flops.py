@@ -118,7 +118,7 @@ def xla(depths: tuple[int, int]) -> tuple[float, flux.FluxConfig, tuple[flops.St
         time = jnp.ones((1,))
         shown = [omini.Condition(tokens, ids, "a"), omini.Condition(tokens, ids, "a")]
         branches = omini.branches(prompt, pooled, tokens, ids, time, guidance=1.0, conditions=shown)
-        return layers.bind(graphdef, base)(branches, adapters={"a": adapter}, implementation="xla").sum()
+        return layers.bind(graphdef, base)(branches, adapters={"a": adapter}, implementation="xla", scan=False).sum()
 
     shapes = (
         adapters, base, jax.ShapeDtypeStruct((1, text, 24), jnp.float32), jax.ShapeDtypeStruct((1, 12), jnp.float32),
