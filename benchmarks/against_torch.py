@@ -215,6 +215,7 @@ def run_ours(options: argparse.Namespace, case: Case, work: str, side: str, file
         arguments = (model.base, model.adapter.params, data)
         levels = cases.levels(options.sample_steps)
         compiled = run.lower(*arguments, levels).compile()
+        host_memory.give_back()  # as its own sampler does
         analysis = _sizes(compiled)
         ready = time.perf_counter() - start
         sides.event("ready")

@@ -652,8 +652,17 @@ class Flux(nnx.Module):
         adapters = dict(adapters or {})
         modulation, tembs = self._modulations(branches, adapters, dtype)
         options = Options(dtype, implementation, "none", scan)
-        _, (double, single) = self._run_blocks(branches, modulation, tembs, adapters, None, options, keep=True)
-        return Memory(double, single, tuple(b.valid for b in branches))
+        # Large ones one after another: together they need the room of all at once. Small ones together: each by itself
+        # is compiled by itself.
+        count = len(branches)
+        parts = [[i] for i in range(count)] if _large(self.single_transformer_blocks) else [list(range(count))]
+        kept: list[KeysAndValues] = [(), ()]
+        for part in parts:
+            members = [dataclasses.replace(branches[i], sees=(own,)) for own, i in enumerate(part)]
+            indices = [modulation[i] for i in part]
+            _, found = self._run_blocks(members, indices, tembs, adapters, None, options, keep=True)
+            kept = [(*before, *more) for before, more in zip(kept, found, strict=True)]
+        return Memory(kept[0], kept[1], tuple(b.valid for b in branches))
 
     def _run_blocks(
         self,
@@ -729,6 +738,11 @@ def _join_axis(tables: Sequence[Any]) -> jax.Array:
     return jnp.concatenate([jnp.broadcast_to(a, (*lead, *a.shape[-2:])) for a in arrays], axis=-2)
 
 
+def _large(blocks: DoubleBlock | SingleBlock) -> bool:
+    """Whether a second copy of a stack's weights, or of what it computes with, would matter."""
+    return layers.tree_bytes(layers.split(blocks)[1]) > _UNROLLED_BYTES
+
+
 class Options(NamedTuple):
     """How blocks are computed; see ``Flux.__call__``."""
 
@@ -769,8 +783,8 @@ def _run(
     stacked = (params, adapters, remembered)
     # Unrolled, XLA's CPU compiler merges what the backward pass should compute again with the forward pass, and keeps
     # it: a middle-sized step took 4.8 GiB of temporaries with every policy, scanned 0.7 with `full`.
-    large = depth > _UNROLLED_DEPTH or layers.tree_bytes(params) > _UNROLLED_BYTES
-    if large or options.remat != "none" if options.scan is None else options.scan:
+    deep = depth > _UNROLLED_DEPTH or _large(blocks)
+    if deep or options.remat != "none" if options.scan is None else options.scan:
         x, kept = jax.lax.scan(body, x, stacked)
         return x, kept
     every = []
