@@ -1,10 +1,10 @@
 """A training step and sampling against PyTorch: ``python -m benchmarks.against_torch --size middle``.
 
 The other side (``torch_side``) runs the same step on diffusers' FLUX modules, with the same weights and inputs. Every
-side runs in fresh processes, in turn. Compared are seconds per step and anonymous memory beyond that of the imports; a
-ratio is printed only if, in float32, both sides found the same: every step's loss and gradient norm, or the drawn
-latents. Sampling of independent conditions remembers them on our side; PyTorch, as the published code, computes them in
-every step.
+side runs in fresh processes, in turn. Compared are seconds per step and the peak of anonymous memory, beyond that of
+the imports and of the process as a whole; a ratio is printed only if, in float32, both sides found the same: every
+step's loss and gradient norm, or the drawn latents. Sampling of independent conditions remembers them on our side;
+PyTorch, as the published code, computes them in every step.
 
 A stopped benchmark is continued by the same command; ``--again`` measures anew. ``--compile`` adds torch.compile,
 ``--device cuda`` runs both sides on a GPU.
@@ -124,12 +124,13 @@ def disagreement(ours: list[dict[str, Any]], other: list[dict[str, Any]]) -> flo
 
 
 def ratio(ours: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, float]:
-    """How many times as fast we are: the median over the rounds and their range; and the ratio of memory."""
+    """How many times as fast we are: the median over the rounds and their range; and the ratios of memory."""
     speeds = [b["seconds"] / a["seconds"] for a, b in zip(ours, other, strict=True)]
     memory = [_beyond(a) / _beyond(b) for a, b in zip(ours, other, strict=True)]
+    whole = [a["memory_peak"] / max(b["memory_peak"], 1) for a, b in zip(ours, other, strict=True)]
     return {
         "speed": statistics.median(speeds), "slowest": min(speeds), "fastest": max(speeds),
-        "memory": statistics.median(memory),
+        "memory": statistics.median(memory), "process": statistics.median(whole),
     }  # fmt: skip
 
 
@@ -145,7 +146,8 @@ def describe(key: str, ours: list[dict[str, Any]], other: list[dict[str, Any]], 
     return (
         f"{key}: {seconds[0]:.3f} s against {seconds[1]:.3f} s, {found['speed']:.2f} times as fast "
         f"({found['slowest']:.2f} to {found['fastest']:.2f}); memory {memory[0]:.2f} against {memory[1]:.2f} GiB, "
-        f"{found['memory']:.2f} times; largest relative difference {found['difference']:.1e}"
+        f"{found['memory']:.2f} times, of the whole process {found['process']:.2f} times; "
+        f"largest relative difference {found['difference']:.1e}"
     )
 
 

@@ -12,7 +12,7 @@ import optax
 
 from benchmarks import cases
 from benchmarks.cases import ADAPTER, Case
-from nabla_jax import flow, optim, reposing
+from nabla_jax import compiling, flow, optim, reposing
 from nabla_jax.checkpoints.safetensors_io import flatten, unflatten
 from nabla_jax.conditioning import diptych
 from nabla_jax.config import Optim
@@ -97,7 +97,7 @@ def make_step(model: Model) -> tuple[State, jax.stages.Wrapped]:
             shown(method, case, data), (data["prompt"], data["pooled"]), 1.0, case.grid,
         )  # fmt: skip
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=compiling.options())
     def step(state: State, base: layers.Params, data: Data) -> tuple[State, dict[str, jax.Array]]:
         loss, gradients = jax.value_and_grad(objective)(state["adapter"], base, data)
         updates, following = optimizer.update(gradients, state["optimizer"], state["adapter"])
@@ -130,7 +130,7 @@ def make_sampler(model: Model, *, cache: bool) -> jax.stages.Wrapped:
 
         return flow.euler(velocity, data["x1"], levels)
 
-    return jax.jit(run)
+    return jax.jit(run, compiler_options=compiling.options())
 
 
 def streams(case: Case, *, adapted: bool = True) -> tuple[flops.Stream, ...]:

@@ -1,11 +1,7 @@
 """Memory of a process that no file backs: how much there is, and giving back what nobody uses any more."""
 
 import ctypes
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import jax
 
 
 def anonymous(process: int | str = "self") -> int:
@@ -25,22 +21,3 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def trimmed(function: jax.stages.Wrapped) -> Callable[..., Any]:
-    """The same function, which gives back what the compiler has freed before its own arrays come.
-
-    It compiles for each further tree of shapes, dtypes and shardings before it runs for them.
-    """
-    met = set()
-
-    def call(*arguments: Any) -> Any:
-        leaves, structure = jax.tree.flatten(arguments)
-        kind = structure, tuple(map(jax.typeof, leaves))
-        if kind not in met:
-            function.lower(*arguments).compile()
-            give_back()
-            met.add(kind)
-        return function(*arguments)
-
-    return call

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from nabla_jax import draws, flow, host_memory
+from nabla_jax import compiling, draws, flow
 from nabla_jax.conditioning import diptych, omini
 from nabla_jax.errors import UserError
 from nabla_jax.models import flux, layers
@@ -328,4 +328,4 @@ def make_sampler(method: Method) -> Callable[..., jax.Array]:
     def draw(*arguments: Any) -> jax.Array:
         return sample(method, *arguments)
 
-    return host_memory.trimmed(jax.jit(draw))
+    return compiling.trimmed(jax.jit(draw, compiler_options=compiling.options()))

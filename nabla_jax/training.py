@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from nabla_jax import api, diptychs, draws, optim, reposing, runs, untrusted
+from nabla_jax import api, compiling, diptychs, draws, optim, reposing, runs, untrusted
 from nabla_jax.checkpoints import adapters as adapter_files
 from nabla_jax.checkpoints import pipeline
 from nabla_jax.config import Config, resolve_base
@@ -321,7 +321,7 @@ def make_step(
             loss, gradients = accumulated(adapters, base, batch, frozen)
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], adapters, value=loss)
         skipped = optim.skipped_steps(optimizer_state)
-        values = {"loss": loss, "grad_norm": optax.tree.norm(gradients), "skipped": skipped}
+        values = {"loss": loss, "grad_norm": optim.norm(gradients), "skipped": skipped}
         estimate = optim.prodigy_estimate(optimizer_state)
         if estimate is not None:
             values["d"] = estimate
@@ -335,7 +335,8 @@ def make_step(
             following["average"] = jax.tree.map(lambda new, old: jnp.where(held, old, new), average, state["average"])
         return following, values
 
-    return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+    placing = None if shardings is None else (shardings, None)
+    return jax.jit(step, donate_argnums=0, out_shardings=placing, compiler_options=compiling.options(shardings))
 
 
 def initial_state(adapters: dict[str, layers.Params], optimizer: optax.GradientTransformation, config: Config) -> State:

@@ -5,7 +5,7 @@ import optax
 
 from nabla_jax.config import Optim
 from nabla_jax.errors import UserError
-from nabla_jax.optim.guards import clip_by_global_norm, nonfinite, released, skip_nonfinite, skipped_steps
+from nabla_jax.optim.guards import clip_by_global_norm, nonfinite, norm, released, skip_nonfinite, skipped_steps
 from nabla_jax.optim.prodigy import ProdigyState, prodigy, prodigy_estimate
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "clip_by_global_norm",
     "make",
     "nonfinite",
+    "norm",
     "prodigy",
     "prodigy_estimate",
     "released",

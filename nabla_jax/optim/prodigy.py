@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
+from nabla_jax.optim.guards import total
+
 
 class ProdigyState(NamedTuple):
     """State of `prodigy`; scalars are float32 but `steps`. Trees have the structure of the parameters."""
@@ -88,7 +90,7 @@ def prodigy(
         if params is None:
             raise ValueError("prodigy: update needs params")
         exact, gradient, origin = _exact(params), _exact(updates), _exact(state.start)
-        given = jnp.stack([jnp.any(g != 0) for g in jax.tree.leaves(gradient)]).any()
+        given = total(jax.tree.map(lambda g: jnp.any(g != 0), gradient)) > 0
         if not decoupled:
             gradient = jax.tree.map(lambda g, p: g + weight_decay * p, gradient, exact)
 
@@ -99,13 +101,13 @@ def prodigy(
         # d / d0 instead of d keeps the sums behind the estimate in float32's range while d is tiny.
         scale = d / d0
         moved = jax.tree.map(lambda g, start, p: jnp.vdot(g, start - p), gradient, origin, exact)
-        numerator = beta3 * state.numerator + scale * rate * _total(moved)
+        numerator = beta3 * state.numerator + scale * rate * total(moved)
         pull = scale * (d if safeguard_warmup else rate)
 
         first = _kept(lambda m, g: beta1 * m + (1 - beta1) * d * g, state.first, gradient)
         second = _kept(lambda v, g: beta2 * v + (1 - beta2) * d * d * g * g, state.second, gradient)
         denominator = _kept(lambda s, g: beta3 * s + pull * g, state.denominator, gradient)
-        norm = _total(jax.tree.map(lambda s: jnp.sum(jnp.abs(s)), _exact(denominator)))
+        norm = total(jax.tree.map(lambda s: jnp.sum(jnp.abs(s)), _exact(denominator)))
 
         usable = given & (norm > 0)
         candidate = estimate_factor * numerator / jnp.where(usable, norm, 1.0)
@@ -147,10 +149,6 @@ def _exact(tree: Any) -> Any:
 def _kept(follow: Callable[[jax.Array, jax.Array], jax.Array], average: Any, gradient: Any) -> Any:
     """An average that follows the gradient, computed in float32 and rounded to the dtype that it is kept in."""
     return jax.tree.map(lambda x, g: follow(x.astype(jnp.float32), g).astype(x.dtype), average, gradient)
-
-
-def _total(tree: Any) -> jax.Array:
-    return jnp.sum(jnp.stack(jax.tree.leaves(tree)))
 
 
 def _one_minus_power(beta: float, count: jax.Array) -> jax.Array:
