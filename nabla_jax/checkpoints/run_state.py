@@ -1,10 +1,16 @@
 """The state of a training run (Orbax): a continued run equals an uninterrupted one bit for bit."""
 
+import contextlib
+import functools
 import itertools
 import json
+import logging
+import os
+import re
 import shutil
+import sys
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,6 +36,7 @@ class RunState:
     """
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
+        _tell_errors_once()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
@@ -67,7 +74,8 @@ class RunState:
         self.check_room(arrays)
         kept = {**position, _SUMS: _all_sums(arrays, position)}
         args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), position=ocp.args.JsonSave(kept))
-        self._manager.save(step, args=args, force=True)
+        with self._unwritten():
+            self._manager.save(step, args=args, force=True)
 
     def restore(self, step: int, abstract: Any, shardings: Any) -> tuple[Any, dict[str, Any]]:
         """The arrays (shaped like ``abstract``, laid out by a tree of ``shardings``) and the JSON object of a step.
@@ -134,18 +142,53 @@ class RunState:
 
     def wait(self) -> None:
         """Blocks until the save in flight is on disk."""
-        self._manager.wait_until_finished()
+        with self._unwritten():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits and releases the manager."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with self._unwritten():
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _unwritten(self) -> Iterator[None]:
+        """What cannot be written is an OSError that names this folder."""
+        try:
+            yield
+        except OSError as error:
+            raise error if error.filename else OSError(error.errno, error.strerror, str(self._folder)) from error
+        except ValueError as error:
+            # TensorStore's: the system's number is in its text.
+            number = re.search(r"os_error_code='(\d+)'", str(error))
+            if number is None:
+                raise
+            code = int(number[1])
+            raise OSError(code, os.strerror(code), str(self._folder)) from error
 
     def __enter__(self) -> "RunState":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+@functools.cache
+def _tell_errors_once() -> None:
+    """Keeps what Orbax raises from being printed before, at length, by its threads.
+
+    It logs an error with its traceback in every thread that it passes through, until it comes out of ``save`` or
+    ``wait``; writes that are still going on then find their event loop closed, which nobody can mend.
+    """
+    logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+    hook = sys.unraisablehook
+
+    def without_closed_loops(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            hook(unraisable)
+
+    sys.unraisablehook = without_closed_loops
 
 
 def latest_step(folder: Path) -> int | None:

@@ -42,11 +42,14 @@ def fork(work: Callable[[], None], log: Path, faults: Sequence[Fault] = ()) -> i
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     except BaseException:  # noqa: BLE001
-        traceback.print_exc()
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(status)
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
+    finally:
+        # Nothing may go up from here: what called this belongs to the other process, as do the folders that it removes.
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
 
 
 def wait(pid: int, until: Callable[[], bool] = lambda: False, patience: float = PATIENCE) -> int | None:

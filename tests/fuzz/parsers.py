@@ -1,5 +1,6 @@
 """Every reader of files and words from outside, with seeds by the product's own writers and checks by other readers."""
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -130,7 +131,13 @@ def _configurations(folder: Path) -> list[Parser]:
 
     def command(data: bytes) -> None:
         argv = data.decode("utf-8", "surrogatepass").split("\x1f")
-        config, _ = configs.parse_command(argv, "fuzz")
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                config, _ = configs.parse_command(argv, "fuzz")
+        except SystemExit as end:  # how argparse refuses, having said why
+            assert end.code == 2, end.code
+            raise UserError(" ".join(said.getvalue().split())) from None
         _check_config(config)
 
     def values(data: bytes) -> None:
