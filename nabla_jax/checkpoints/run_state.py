@@ -180,8 +180,13 @@ def _tell_errors_once() -> None:
     It logs an error with its traceback in every thread that it passes through, until it comes out of ``save`` or
     ``wait``; writes that are still going on then find their event loop closed, which nobody can mend.
     """
-    logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
     hook = sys.unraisablehook
+
+    def others(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and "orbax" in f"{record.pathname} {record.getMessage()}")
+
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(others)
 
     def without_closed_loops(unraisable: Any) -> None:
         error = unraisable.exc_value
