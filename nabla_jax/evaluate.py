@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 import nabla_jax
-from nabla_jax import assets, runs
+from nabla_jax import assets, runs, untrusted
 from nabla_jax import config as configs
 from nabla_jax.data import read_dataset
 from nabla_jax.data.dataset import Dataset, Example
@@ -326,9 +326,12 @@ def _read_manifest(folder: Path, benchmark: Benchmark) -> dict[str, dict[str, An
                 f"{'' if folder.name == 'right' else 'another picture than '}{pair.subject_id}"
             )
         # A part of a list may name the pictures of the whole: then masks lie beside those.
+        out = os.path.normpath(folder.parent.parent)
         picture = Path(os.path.normpath(folder / row["file"]))
-        if not picture.is_relative_to(os.path.normpath(folder.parent.parent)):
-            raise UserError(f"{path}: pair {pair.key}: file {row['file'][:100]} leaves {folder.parent.parent}")
+        if not picture.is_relative_to(out) or untrusted.below(Path(out), str(picture.relative_to(out))) is None:
+            raise UserError(
+                f"{path}: pair {pair.key}: file {row['file'][:100]!r} leaves {folder.parent.parent}, or is no path"
+            )
         if picture.is_file():
             mask = picture.parent / "masks" / f"{picture.stem}.png"
             own = {"mask": str(mask)} if mask.is_file() else {}

@@ -116,7 +116,7 @@ def test_results_of_other_versions(file: str, change: Callable[[Any], object], t
     refused(lambda: reading.read({"one": tmp_path}), f"{file}.json: ", told)
 
 
-@pytest.mark.parametrize("file", ["../../../secret.png", "/etc/hostname"])
+@pytest.mark.parametrize("file", ["../../../secret.png", "/etc/hostname", "é" * 200, "a/" * 3000, "a\0b"])
 def test_lists_of_pictures_stay_in_their_folder(file: str, tmp_path: Path) -> None:
     parsers._made(tmp_path / "out")
     root = tmp_path / "out" / "data"

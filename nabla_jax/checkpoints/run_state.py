@@ -25,6 +25,9 @@ from nabla_jax.runs import writing
 
 # The checksums' name beside what the caller keeps.
 _SUMS = "checksums"
+# Orbax reads the time of day: a clock that is set right while it saves would be taken for a save that hangs. The run's
+# watchdog tells those.
+_PATIENCE = 30 * 24 * 3600
 _ADVICE = "; delete this folder to continue from the checkpoint before it"
 
 
@@ -38,8 +41,9 @@ class RunState:
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
         _tell_errors_once()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, enable_async_checkpointing=True, cleanup_tmp_directories=True
-        )
+            max_to_keep=keep, create=True, enable_async_checkpointing=True, cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(timeout_secs=_PATIENCE, create_directories_asynchronously=False),
+        )  # fmt: skip
         self._folder = folder
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -157,7 +161,10 @@ class RunState:
         try:
             yield
         except OSError as error:
-            raise error if error.filename else OSError(error.errno, error.strerror, str(self._folder)) from error
+            # Orbax's own have no number.
+            if error.filename or error.errno is None:
+                raise
+            raise OSError(error.errno, error.strerror, str(self._folder)) from error
         except ValueError as error:
             # TensorStore's: the system's number is in its text.
             number = re.search(r"os_error_code='(\d+)'", str(error))

@@ -64,7 +64,8 @@ def scan(root: Path, problems: Problems) -> Dataset:
             else (existing_control(root, image, folder) if image is not None else None)
             for c, folder in (("mask", "masks"), ("depth", "depth"))
         )
-        id = values.get("id") or str(PurePosixPath(values["image"]).with_suffix(""))
+        # A name that is none, such as ".", is told of above and has no suffix to take off.
+        id = values.get("id") or str(PurePosixPath(values["image"]).with_suffix("") if image else values["image"])
         if lines.setdefault(id, line) != line:
             found = f"id {id} is that of line {lines[id]} too, expected one row for each picture"
             problems.error(path, line, found, "delete a row, or give the picture an id of its own")

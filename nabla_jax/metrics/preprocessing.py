@@ -27,6 +27,8 @@ HALF = (0.5, 0.5, 0.5)
 
 # Names of the file's ``image_processor_type``, less the ending "Fast".
 _TYPES = ("SiglipImageProcessor", "BitImageProcessor")
+# Pixels of a side: sixteen times what any published network takes; more is no size but a mistake that fills memory.
+_MOST = 8192
 _FIXED = {"do_resize": True, "do_rescale": True, "do_normalize": True}
 
 
@@ -83,7 +85,7 @@ class ImageProcessor:
         return result
 
     def check(self, where: str = "image processor") -> None:
-        """Raises UserError for a filter that is not built here, or a crop larger than the resized picture."""
+        """Raises UserError for a filter or size that no network has, or a crop larger than the resized picture."""
         if self.resample not in (BILINEAR, BICUBIC):
             raise UserError(
                 f"{where}: resample: found {self.resample!r}, expected {BILINEAR} (bilinear) or {BICUBIC} (bicubic)"
@@ -91,6 +93,8 @@ class ImageProcessor:
         if not isinstance(self.rescale, float) or self.rescale <= 0:
             raise UserError(f"{where}: rescale_factor: found {self.rescale!r}, expected a positive number")
         smallest = (self.size, self.size) if isinstance(self.size, int) else self.size
+        if max(smallest) > _MOST:
+            raise UserError(f"{where}: size: found {self.size}, expected at most {_MOST} pixels")
         if self.crop is not None and (self.crop[0] > smallest[0] or self.crop[1] > smallest[1]):
             raise UserError(f"{where}: crop_size: found {self.crop}, expected at most the resized picture's {smallest}")
 
@@ -186,6 +190,7 @@ def _sides(size: tuple[int, int]) -> dict[str, int]:
 
 
 def _channels(where: str, key: str, raw: Any) -> tuple[float, ...]:
-    if not isinstance(raw, list) or len(raw) != 3 or not all(isinstance(x, int | float) for x in raw):
+    # Neither NaN nor a whole number that no float holds is less.
+    if not isinstance(raw, list) or len(raw) != 3 or not all(type(x) in (int, float) and abs(x) < 2**63 for x in raw):
         raise UserError(f"{where}: {key}: found {raw!r}, expected three numbers")
     return tuple(float(x) for x in raw)

@@ -261,7 +261,7 @@ def _change_metadata(rng: random.Random, metadata: dict[str, Any]) -> None:
     key = rng.choice(list(metadata))
     try:
         value = json.loads(metadata[key])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         metadata[key] = rng.choice(VALUES)
         return
     metadata[key] = dump(rng, change_json(rng, value)).decode("utf-8", "replace")

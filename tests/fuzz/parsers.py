@@ -383,7 +383,7 @@ def _restoring(path: Path, mutation: Any, read: Callable[[Path], object], **fiel
 
 def _check_parts(path: Path, dataset: Dataset) -> None:
     stored: dict[str, dict[int, list[int]]] = {}
-    for line in path.read_text(encoding="utf-8-sig").split("\n"):
+    for line in path.read_bytes().decode("utf-8-sig").split("\n"):
         if line.split():
             id, part, *numbers = line.split()
             stored.setdefault(id, {})[int(float(part))] = [int(float(n)) for n in numbers]

@@ -107,7 +107,10 @@ def test_written_settings_mean_the_same_to_transformers(processor):
         ({"size": {"longest_edge": 256}}, "size: found .*expected height and width"),
         ({"size": {"shortest_edge": 0}}, "size: shortest_edge: found 0, expected a positive whole number"),
         ({"size": {"shortest_edge": 223}}, r"crop_size: found \(224, 224\), expected at most"),
+        ({"size": {"shortest_edge": 2**64}}, "size: found 18446744073709551616, expected at most 8192 pixels"),
         ({"image_mean": [0.5]}, "image_mean: found .*expected three numbers"),
+        ({"image_std": [0.5, 0.5, 10**400]}, "image_std: found .*expected three numbers"),
+        ({"image_std": [0.5, 0.5, float("nan")]}, "image_std: found .*expected three numbers"),
         ({"rescale_factor": -1}, "rescale_factor: found -1, expected a positive number"),
     ],
 )
