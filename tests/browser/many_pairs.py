@@ -116,7 +116,7 @@ def write(folder, pairs):
     for name, value in (
         ("summary", rows),
         ("breakdown", breakdown),
-        ("comparisons", comparisons),
+        ("comparisons", summary.correct(comparisons)),
         ("evaluation", about),
     ):
         (evaluation / f"{name}.json").write_text(json.dumps(value))
