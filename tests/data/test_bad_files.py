@@ -129,6 +129,8 @@ def test_verdicts_on_classes_that_are_no_number(class_id: str, tmp_path: Path) -
     [
         ("x/" * 3000 + "a.png,Teal,", "leaves the folder"),
         ("x" * 300 + ",Teal,", "leaves the folder"),
+        ("../.,Teal,", "leaves the folder"),
+        ("./.,Teal,", "image"),
         ("a.png,Teal,99999999999 2 1", "keypoints: found"),
     ],
 )
