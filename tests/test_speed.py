@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cases, gpu, jax_side, loader, scaling, startup
+from benchmarks import cases, checkpoint_stall, gpu, jax_side, loader, scaling, startup
 from benchmarks.cases import Case
+from nabla_jax import config as configs
 from nabla_jax.data.loader import make_loader, open_prepared
+from nabla_jax.models import layers
+from nabla_jax.plan import networks
 from tests import fixtures
 
 
@@ -83,3 +86,15 @@ def test_the_loader_is_measured_on_a_folder_that_it_reads(tmp_path: Path) -> Non
         assert next(batches)["target"].shape == (2, 32, 8, 8)
         waited = loader.waiting(batches, 1, 3, 0.0)
     assert len(waited) == 3 and min(waited) > 0
+
+
+def test_what_a_checkpoint_holds_up(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    checkpoint_stall.main(["--config", "configs/omk_fill.py:toy", "--rounds", "2", "--out", str(path)])
+    runs = json.loads(path.read_text())["runs"]
+    assert len(runs) == 2 and all(0 < run["stall"] < run["whole"] for run in runs.values())
+    # Beside the adapters and their average, Prodigy's four trees like them, and a few numbers.
+    config = configs.load("configs/omk_fill.py:toy")
+    adapters = networks.make(config, networks.read_architecture(config)).state["adapters"]
+    (size,) = {run["bytes"] for run in runs.values()}
+    assert config.train.ema and size == pytest.approx(6 * layers.tree_bytes(adapters), rel=1e-3)
