@@ -187,7 +187,7 @@ def run_ours(options: argparse.Namespace, case: Case, work: str, side: str, file
     import jax
 
     from benchmarks import jax_side
-    from nabla_jax import host_memory
+    from nabla_jax import compiling
 
     jax.devices()
     sides.event("imported")
@@ -198,8 +198,7 @@ def run_ours(options: argparse.Namespace, case: Case, work: str, side: str, file
     start = time.perf_counter()
     if work == "train":
         state, step = jax_side.make_step(model)
-        compiled: Any = step.lower(state, model.base, data).compile()
-        host_memory.give_back()  # as training does
+        compiled: Any = compiling.ahead(step, state, model.base, data)  # as training does
         held = [state]
         del state
 
@@ -216,8 +215,7 @@ def run_ours(options: argparse.Namespace, case: Case, work: str, side: str, file
         run = jax_side.make_sampler(model, cache=case.independent)
         arguments = (model.base, model.adapter.params, data)
         levels = cases.levels(options.sample_steps)
-        compiled = run.lower(*arguments, levels).compile()
-        host_memory.give_back()  # as its own sampler does
+        compiled = compiling.ahead(run, *arguments, levels)  # as drawing pictures does
         analysis = _sizes(compiled)
         ready = time.perf_counter() - start
         sides.event("ready")

@@ -14,8 +14,8 @@ _LEVEL = "xla_backend_optimization_level"
 def options(shardings: Any = None) -> dict[str, Any] | None:
     """Compiler options, for ``jax.jit``, of a program whose arrays lie as the tree ``shardings`` says.
 
-    None without shardings for the default backend. On CPUs the first of LLVM's levels compiles a training step in two
-    thirds of the time, and the step is as fast: its time goes into libraries of matrix products. A level in
+    Without shardings they lie on the default backend. On CPUs the first of LLVM's levels compiles a training step in
+    two thirds of the time, and the step is as fast: its time goes into libraries of matrix products. A level in
     ``XLA_FLAGS`` stays.
     """
     leaves = jax.tree.leaves(shardings)
@@ -23,19 +23,22 @@ def options(shardings: Any = None) -> dict[str, Any] | None:
     return {_LEVEL: 1} if platform == "cpu" and _LEVEL not in os.environ.get("XLA_FLAGS", "") else None
 
 
-def trimmed(function: jax.stages.Wrapped) -> Callable[..., Any]:
-    """The same function, which gives back what the compiler has freed before its own arrays come.
+def ahead(function: jax.stages.Wrapped, *arguments: Any) -> jax.stages.Compiled:
+    """Compiles for these arguments, and gives back what the compiler has freed before the program's own arrays come."""
+    compiled = function.lower(*arguments).compile()
+    host_memory.give_back()
+    return compiled
 
-    It compiles for each further tree of shapes, dtypes and shardings before it runs for them.
-    """
+
+def trimmed(function: jax.stages.Wrapped) -> Callable[..., Any]:
+    """The same function, compiled ``ahead`` for each further tree of shapes, dtypes and shardings that it meets."""
     met = set()
 
     def call(*arguments: Any) -> Any:
         leaves, structure = jax.tree.flatten(arguments)
         kind = structure, tuple(map(jax.typeof, leaves))
         if kind not in met:
-            function.lower(*arguments).compile()
-            host_memory.give_back()
+            ahead(function, *arguments)
             met.add(kind)
         return function(*arguments)
 

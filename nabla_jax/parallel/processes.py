@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from nabla_jax import host_memory
+from nabla_jax import compiling
 from nabla_jax.errors import UserError
 
 Item = TypeVar("Item")
@@ -158,8 +158,7 @@ def compile_together(function: jax.stages.Wrapped, *arguments: Any) -> None:
     The first exchange between CPUs gives the others half a minute to come, and compilation may take them longer. What
     the compiler has freed is given back before the function's own arrays come.
     """
-    function.lower(*arguments).compile()
-    host_memory.give_back()
+    compiling.ahead(function, *arguments)
     if jax.process_count() > 1:
         wait_for_all("compiled")
 
